@@ -1,0 +1,9 @@
+"""E²VPT: prompt tuning of frozen vision transformers with visual and key-value prompts.
+
+Paper: Han et al., "E²VPT: An Effective and Efficient Approach for Visual Prompt Tuning", ICCV 2023.
+"""
+
+from e2vpt.model import parameter_report, prompt, remove
+
+__all__ = ["parameter_report", "prompt", "remove"]
+__version__ = "0.1.0"

@@ -1,0 +1,195 @@
+"""Configuration of E²VPT's commands: frozen dataclasses, checked when built."""
+
+import os
+import platform
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import timm
+import torch
+import tyro
+from lightning.fabric import Fabric
+from shared_utils.errors import InputError
+
+from e2vpt.optim import OptimizerName, Schedule
+
+Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
+Method = Literal["e2vpt", "vpt-shallow", "vpt-deep", "linear", "bias", "full"]
+KVInit = Literal["kaiming", "trunc-normal", "patch"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Where a run goes and what it runs on."""
+
+    name: str = ""
+    """folder name of the run (default: the recipe's name and the time)"""
+    runs_dir: Path = Path("runs")
+    """folder that holds the runs"""
+    resume: str = ""
+    """run folder to go on with"""
+    overwrite: bool = False
+    """empty an existing run folder of that name"""
+    seed: int = 0
+    """seed of every random choice"""
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    """what to run on"""
+    devices: int = 1
+    """devices per machine; started by torchrun, one process each"""
+    num_nodes: int = 1
+    """machines"""
+    precision: Precision = "bf16-mixed"
+    """32-true, bf16-mixed (autocast) or 16-mixed (autocast with loss scaling)"""
+
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The frozen backbone and what is tuned on it."""
+
+    method: Method = "e2vpt"
+    """what is trained: e2vpt, vpt-shallow, vpt-deep (prompts), linear (head), bias, full"""
+    backbone: str = "micro_vit"
+    """micro_vit (ships with the package), a timm name, or a .safetensors, .pth or .npz file"""
+    architecture: str = ""
+    """timm name of the architecture that a weight file belongs to"""
+    num_visual_prompts: int = 10
+    """visual prompts per layer (e2vpt, vpt-deep) or in the first layer (vpt-shallow)"""
+    num_kv_prompts: int = 5
+    """key-value prompts per layer and head (e2vpt)"""
+    share_kv: bool = True
+    """one tensor for keys and values; two with --model.no-share-kv"""
+    kv_deep: bool = True
+    """key-value prompts in every layer; in the first only with --model.no-kv-deep"""
+    kv_init: KVInit = "kaiming"
+    """kaiming (uniform, the released commands' choice), trunc-normal (std 0.02) or patch"""
+    prompt_dropout: float = 0.1
+    """dropout on visual prompts while training, a share of the values"""
+    prompt_dim: int = 0
+    """width of the visual prompts before a learned projection (0: no projection)"""
+    pool_prompts: bool = False
+    """average the last layer's prompts too when pooling, as the paper's code does for MAE"""
+    token_form: bool = False
+    """run deep prompts through the whole block as tokens: same output, slower; for comparison"""
+    parity_head: bool = False
+    """initialise the head as the paper's code does: Kaiming weight, bias -ln 99"""
+
+    def __post_init__(self) -> None:
+        """Check counts and shares."""
+        for name in ("num_visual_prompts", "num_kv_prompts", "prompt_dim"):
+            if getattr(self, name) < 0:
+                raise InputError(f"model.{name}", getattr(self, name), "0 or more", "correct it")
+        if not 0 <= self.prompt_dropout < 1:
+            raise InputError("model.prompt_dropout", self.prompt_dropout, "0 <= p < 1", "correct it")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The images: where they are, how they are split, and what is done to them."""
+
+    source: str = "digits"
+    """digits (ships with scikit-learn), an image folder, a folder with train.csv, or a packed .npz"""
+    num_train: int = 0
+    """training images drawn from a source that is not split (0: what the other splits leave)"""
+    num_val: int = 0
+    """validation images drawn where there is no validation split (0: a fifth of the training pool)"""
+    img_size: int = 0
+    """side of the square input in pixels (0: the backbone's own)"""
+    resize: Literal["squash", "crop"] = "squash"
+    """squash to the input size as VTAB does, or short side times 256/224, then crop, as FGVC does"""
+    augment: Literal["none", "flip", "crop-flip"] = "none"
+    """training augmentation; crop-flip draws its crop at random (needs resize crop)"""
+    normalize: Literal["imagenet", "checkpoint", "none"] = "checkpoint"
+    """pixel statistics: ImageNet's, those the backbone was trained with, or plain 0 to 1"""
+    batch_size: int = 64
+    """images per step and process"""
+    num_workers: int = 0
+    """loader processes; the order of samples does not depend on it"""
+    skip_bad: bool = False
+    """leave unreadable images out and count them, instead of stopping"""
+    limit: int = 0
+    """use at most this many images of each split (0: all), for quick runs"""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        if self.batch_size < 1:
+            raise InputError("data.batch_size", self.batch_size, "1 or more", "correct it")
+        for name in ("num_train", "num_val", "img_size", "num_workers", "limit"):
+            if getattr(self, name) < 0:
+                raise InputError(f"data.{name}", getattr(self, name), "0 or more", "correct it")
+        if self.augment == "crop-flip" and self.resize != "crop":
+            raise InputError("data.augment", "crop-flip with data.resize squash", "data.resize crop",
+                             "add --data.resize crop or use --data.augment flip")  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Optimiser and schedule."""
+
+    optimizer: OptimizerName = "adamw"
+    """adamw, or sgd with momentum 0.9 (the paper's)"""
+    lr: float = 0.05
+    """peak learning rate, after scaling if scale_lr is on"""
+    scale_lr: bool = False
+    """multiply lr by batch size / 256, as the paper's base rates are meant"""
+    weight_decay: float = 1e-4
+    """decay of prompts, key-value prompts and the head's weight"""
+    epochs: int = 100
+    """passes over the training images"""
+    warmup_epochs: float = 10
+    """epochs of linear warm-up"""
+    schedule: Schedule = "cosine"
+    """cosine per step; per-epoch for parity with the paper's code; trapezoid"""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        for name in ("lr", "epochs"):
+            if getattr(self, name) <= 0:
+                raise InputError(f"optim.{name}", getattr(self, name), "more than 0", "correct it")
+        for name in ("weight_decay", "warmup_epochs"):
+            if getattr(self, name) < 0:
+                raise InputError(f"optim.{name}", getattr(self, name), "0 or more", "correct it")
+        if self.warmup_epochs > self.epochs:
+            raise InputError("optim.warmup_epochs", self.warmup_epochs, f"at most optim.epochs ({self.epochs})",
+                             "lower it")  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """`e2vpt train`: everything of one run."""
+
+    recipe: tyro.conf.Suppress[str] = ""
+    about: tyro.conf.Suppress[str] = ""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    run: Annotated[RunConfig, tyro.conf.arg(name="")] = field(default_factory=RunConfig)
+
+
+def devices_of(run: RunConfig) -> dict[str, Any]:
+    """Keyword arguments for `Fabric`; under torchrun the process count is the launcher's."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", run.devices))
+    return {
+        "accelerator": run.accelerator,
+        "devices": processes,
+        "num_nodes": run.num_nodes,
+        "precision": run.precision,
+    }
+
+
+def run_facts(fabric: Fabric) -> dict[str, Any]:
+    """The part of `result.json` that says what it ran on."""
+    if fabric.device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated(fabric.device)
+    else:
+        import resource
+
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {
+        "peak_memory_bytes": int(memory),
+        "device": torch.cuda.get_device_name(fabric.device) if fabric.device.type == "cuda" else "cpu",
+        "precision": str(fabric._precision.precision),
+        "processes": fabric.world_size,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},
+    }

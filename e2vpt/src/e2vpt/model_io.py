@@ -1,0 +1,123 @@
+"""Save what was tuned and load it onto its backbone again.
+
+A saved model is a folder with `model.safetensors` (prompts and head, under 1 MB as a rule) and
+`model.json` (what it is made of, and the backbone it belongs to).
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from shared_utils import checkpoint
+from shared_utils.config import from_dict
+from shared_utils.errors import InputError, MissingFileError
+from torch import nn
+
+from e2vpt.backbones import Backbone, fingerprint, load_backbone
+from e2vpt.images import Preprocessing
+from e2vpt.weight_files import WEIGHT_FILES
+from e2vpt.model import PromptedModel, PromptSpec, load_tuned_state, parameter_report, tuned_state
+
+WEIGHTS, CARD = "model.safetensors", "model.json"
+
+
+def save(
+    model: PromptedModel,
+    folder: Path | str,
+    *,
+    backbone: Backbone | None = None,
+    class_names: list[str] | None = None,
+    preprocessing: Preprocessing | None = None,
+) -> None:
+    """Write `model.safetensors` and `model.json`, each atomically.
+
+    Args:
+        model: what `prompt` or `load` gave.
+        folder: made where it is missing.
+        backbone: where the backbone came from; by default its timm name is recorded, and `load`
+            must be given the module where that name's published weights are not the ones used.
+        class_names: of the head's outputs, in order.
+        preprocessing: what images must go through.
+
+    Raises: InputError where the disk is full; files already there stay.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    card = {
+        "project": "e2vpt",
+        "format": 1,
+        "backbone": _backbone_card(model, backbone),
+        "spec": model.spec.dict(),
+        "parameters": parameter_report(model),
+        "class_names": class_names,
+        "preprocessing": None if preprocessing is None else preprocessing.to_dict(),
+    }
+    checkpoint.save_weights(tuned_state(model), folder / WEIGHTS, {"format": "pt"})
+    checkpoint.write_text(json.dumps(card, indent=2) + "\n", folder / CARD)
+
+
+def load(folder: Path | str, backbone: nn.Module | None = None) -> PromptedModel:
+    """Build the model that `save` wrote, in eval mode.
+
+    Args:
+        folder: holds `model.safetensors` and `model.json`.
+        backbone: the module to put the prompts on; None loads the one named in `model.json`.
+
+    Raises: MissingFileError; InputError where a file is damaged, the backbone is not the one the
+        prompts were trained on, or the tensors do not fit.
+    """
+    folder = Path(folder)
+    card = read_card(folder)
+    spec = from_dict(PromptSpec, card["spec"], f"{folder / CARD} spec")
+    known = card["backbone"]
+    if backbone is None:
+        if not known["name"]:
+            raise InputError("backbone", "no name in model.json", "the module", "pass backbone=")
+        size = known["img_size"]
+        backbone = load_backbone(
+            known["name"], known["architecture"] if known["is_file"] else "",
+            img_size=None if size is None else (size[0], size[1]),
+        ).module  # fmt: skip
+    model = PromptedModel(backbone, spec)
+    if spec.backbone_trains == "none" and fingerprint(backbone) != known["sha256"]:
+        raise InputError(
+            "backbone", f"weights with fingerprint {fingerprint(backbone)[:12]}",
+            f"{known['sha256'][:12]} ({known['name'] or 'unnamed'}), which the prompts were trained on",
+            "load that backbone",
+        )  # fmt: skip
+    tensors, _ = checkpoint.load_weights(folder / WEIGHTS)
+    load_tuned_state(model, tensors, str(folder / WEIGHTS))
+    return model.eval()
+
+
+def read_card(folder: Path) -> dict[str, Any]:
+    """The contents of a saved model's `model.json`.
+
+    Raises: MissingFileError; InputError where it is not E²VPT's.
+    """
+    path = folder / CARD
+    if not path.is_file():
+        raise MissingFileError(str(path), "no such file", "a saved E²VPT model",
+                               "name a run folder that finished training")  # fmt: skip
+    try:
+        card = json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(str(path), f"no JSON ({error})", "JSON", "restore the file") from error
+    keys = {"backbone", "spec", "class_names", "preprocessing"}
+    if not isinstance(card, dict) or card.get("project") != "e2vpt" or not keys <= card.keys():
+        raise InputError(str(path), "another kind of file", "the card of an E²VPT model",
+                         "name a folder that e2vpt wrote")  # fmt: skip
+    return card
+
+
+def _backbone_card(model: PromptedModel, source: Backbone | None) -> dict[str, Any]:
+    if source is not None:
+        return {
+            "name": source.name, "architecture": source.architecture, "weights": source.weights,
+            "is_file": source.name.lower().endswith(WEIGHT_FILES),
+            "img_size": list(source.img_size), "sha256": source.sha256,
+        }  # fmt: skip
+    config = getattr(model.backbone, "pretrained_cfg", None) or {}
+    name = ".".join(part for part in (config.get("architecture"), config.get("tag")) if part)
+    return {"name": name, "architecture": name, "weights": "unknown", "is_file": False,
+            "img_size": None, "sha256": fingerprint(model.backbone)}  # fmt: skip

@@ -1,0 +1,70 @@
+"""Optimisers over what is trainable, and learning-rate schedules as plain functions."""
+
+import math
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+from shared_utils.errors import InputError
+from torch import nn
+
+OptimizerName = Literal["sgd", "adamw"]
+Schedule = Literal["cosine", "per-epoch", "trapezoid"]
+
+COOLDOWN_SHARE = 0.35  # of a trapezoid's steps: the linear descent to 0
+
+
+def build_optimizer(name: OptimizerName, parameters: Iterable[tuple[str, nn.Parameter]], *, lr: float,
+                    weight_decay: float, momentum: float = 0.9) -> torch.optim.Optimizer:  # fmt: skip
+    """SGD with momentum or AdamW over the trainable parameters.
+
+    Decay applies to prompts, key-value prompts and weights of two or more dimensions, not to
+    biases and norms. Paper's code: decay on prompts and head weight, none on the head bias.
+
+    Args:
+        name: `sgd` or `adamw`.
+        parameters: names and parameters; frozen ones are left out.
+        lr: peak learning rate.
+        weight_decay: factor of the L2 term (SGD) or of the decoupled decay (AdamW).
+        momentum: for SGD.
+    """
+    trainable = [(n, p) for n, p in parameters if p.requires_grad]
+    if not trainable:
+        raise InputError("parameters", "none that train", "at least one", "choose another method")
+    decayed = [p for _, p in trainable if p.ndim >= 2]
+    plain = [p for _, p in trainable if p.ndim < 2]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    groups = [g for g in groups if g["params"]]
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=momentum)
+    return torch.optim.AdamW(groups, lr=lr)
+
+
+def lr_at(step: int, *, schedule: Schedule, peak: float, steps_per_epoch: int, epochs: int,
+          warmup_epochs: float) -> float:  # fmt: skip
+    """The learning rate of optimiser step `step` (counted from 0).
+
+    - `cosine`: linear warm-up, then a half cosine to 0, both per step.
+    - `per-epoch`: the same once per epoch as the paper's code has it, so that epoch 0 of a run
+      with warm-up has rate 0 and trains nothing (parity only).
+    - `trapezoid`: linear warm-up, flat, then linear to 0 over the last 35 % of the steps; until
+      the descent begins such a run can be made longer without starting again.
+    """
+    unit: float
+    if schedule == "per-epoch":
+        unit, warmup, total = step // steps_per_epoch, warmup_epochs, float(epochs)
+        if unit < warmup:
+            return peak * unit / warmup
+    else:
+        unit, warmup, total = step, warmup_epochs * steps_per_epoch, float(epochs * steps_per_epoch)
+        if unit < warmup:
+            return peak * (unit + 1) / (warmup + 1)
+    if schedule == "trapezoid":
+        return peak * min(1.0, (total - unit) / (COOLDOWN_SHARE * total))
+    return peak * 0.5 * (1 + math.cos(math.pi * (unit - warmup) / max(total - warmup, 1)))
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give every parameter group the same rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr

@@ -1,0 +1,180 @@
+"""How prompts enter a plain timm vision transformer, without touching its modules.
+
+The output at a deep prompt's position is thrown away by the next layer. So a prompt needs only its
+key and value rows in each layer's attention (the cheap form); no query, no projection, no MLP. The
+token form, which runs prompts through the whole block, gives the same output and is kept as the
+reference and for what needs it: shallow prompts, and pooling that averages the prompts too.
+
+Shapes: B batch, N tokens (prefix and patches), P visual prompts, n key-value prompts, M key rows,
+H heads, D width, d_h = D / H.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from shared_utils.errors import InputError
+from timm.layers import Attention
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from e2vpt.prompts import KeyValuePrompts, VisualPrompts
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The sizes of a backbone that prompts depend on."""
+
+    num_layers: int
+    embed_dim: int
+    num_heads: int
+    head_dim: int
+    patch_size: int
+    num_prefix_tokens: int
+
+
+def check_supported(backbone: nn.Module) -> Geometry:
+    """The geometry of a plain timm ViT.
+
+    Raises: InputError naming the class of model, block or attention that is not known.
+    """
+    if type(backbone) is not VisionTransformer:
+        raise InputError("backbone", f"class {_class_name(backbone)}", "a plain timm VisionTransformer",
+                         "choose another model")  # fmt: skip
+    if backbone.global_pool in ("", "prr"):
+        raise InputError("backbone", f"global_pool '{backbone.global_pool}'", "token, avg, avgmax, max or map",
+                         "build it with one of these")  # fmt: skip
+    blocks: Any = backbone.blocks
+    for i, block in enumerate(blocks):
+        if type(block) is not Block:
+            raise InputError("backbone", f"block class {_class_name(block)} in layer {i}", "timm's Block",
+                             "choose another model")  # fmt: skip
+        if type(block.attn) is not Attention:
+            raise InputError("backbone", f"attention class {_class_name(block.attn)} in layer {i}",
+                             "timm's Attention", "choose another model")  # fmt: skip
+    attn = blocks[0].attn
+    return Geometry(
+        num_layers=len(blocks),
+        embed_dim=backbone.embed_dim,
+        num_heads=attn.num_heads,
+        head_dim=attn.head_dim,
+        patch_size=backbone.patch_embed.patch_size[0],
+        num_prefix_tokens=backbone.num_prefix_tokens,
+    )
+
+
+def _class_name(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def prompted_features(backbone: Any, images: Tensor, visual: VisualPrompts | None,
+                      kv: KeyValuePrompts | None, *, token_form: bool = False,
+                      pool_prompts: bool = False) -> Tensor:  # fmt: skip
+    """Run a backbone with prompts, up to its final norm.  Paper: Sec. 3.2, 3.3.
+
+    Args:
+        backbone: a timm `VisionTransformer` that `check_supported` took.
+        images: (B, 3, H, W) float, normalised for the backbone.
+        visual: prompts of every layer, or of the first one only (shallow), or None.
+        kv: key-value rows of the first `kv.num_layers` layers, or None.
+        token_form: run deep prompts through whole blocks.
+        pool_prompts: keep the last layer's prompts in the output, after the prefix tokens.
+
+    Returns: (B, N, D); (B, 1, D), the class token, where pooling takes nothing else; or
+        (B, N + P, D) with `pool_prompts`.
+    """
+    x = backbone.norm_pre(backbone.patch_drop(backbone._pos_embed(backbone.patch_embed(images))))
+    prefix, last = backbone.num_prefix_tokens, len(backbone.blocks) - 1
+    shallow = visual is not None and visual.weight.shape[0] == 1 and last > 0
+    only_class_token = backbone.global_pool == "token" and not pool_prompts
+    carried = 0  # prompts now in the sequence
+    for i, block in enumerate(backbone.blocks):
+        rows = visual(i, len(x)) if visual is not None and (i == 0 or not shallow) else None
+        as_tokens = token_form or shallow or (pool_prompts and i == last)
+        if rows is not None and as_tokens:
+            tokens = rows.to(x.dtype).expand(len(x), -1, -1)
+            x = torch.cat([x[:, :prefix], tokens, x[:, prefix + carried :]], dim=1)
+            carried, rows = tokens.shape[1], None
+        num_out = 1 if i == last and only_class_token else x.shape[1]
+        extra = kv(i) if kv is not None and i < kv.num_layers else None
+        x = run_block(block, x, rows, extra, num_out)
+    if carried and not pool_prompts and x.shape[1] > prefix + carried:
+        x = torch.cat([x[:, :prefix], x[:, prefix + carried :]], dim=1)
+    out: Tensor = backbone.norm(x)
+    return out
+
+
+def run_block(block: Any, x: Tensor, rows: Tensor | None, kv: tuple[Tensor, Tensor] | None,
+              num_out: int) -> Tensor:  # fmt: skip
+    """One pre-norm block whose attention also sees prompts.
+
+    Args:
+        block: timm `Block`.
+        x: (B, N, D).
+        rows: (1 or B, P, D) visual prompts of this layer, used for keys and values only.
+        kv: key-value prompts, each (H, n, d_h).
+        num_out: compute the first `num_out` tokens only; the others serve as keys and values.
+
+    Returns: (B, num_out, D).
+    """
+    y = block.norm1(x)
+    mixed = attention(block.attn, y, None if rows is None else block.norm1(rows), kv, num_out)
+    x = x[:, :num_out] + block.drop_path1(block.ls1(mixed))
+    out: Tensor = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+    return out
+
+
+def attention(attn: Any, y: Tensor, rows: Tensor | None, kv: tuple[Tensor, Tensor] | None,
+              num_out: int) -> Tensor:  # fmt: skip
+    """Multi-head attention of the first `num_out` tokens over all tokens and prompts.
+
+    softmax(Q [K; K_visual; K_kv]ᵀ / sqrt(d_h)) [V; V_visual; V_kv], the order of rows being
+    irrelevant.  Paper: Sec. 3.3.
+
+    Args:
+        attn: timm `Attention`.
+        y: (B, N, D) after the norm; `rows` (1 or B, P, D) likewise.
+        kv: key-value prompts, each (H, n, d_h).
+        num_out: number of query tokens.
+
+    Returns: (B, num_out, D) after the output projection.
+    """
+    b, n, _ = y.shape
+    heads, head_dim, width = attn.num_heads, attn.head_dim, attn.attn_dim
+    if num_out == n:
+        q, k, v = attn.qkv(y).view(b, n, 3, heads, head_dim).unbind(2)  # each (B, N, H, d_h)
+    else:
+        q = _project(attn.qkv, y[:, :num_out], 0, width).view(b, num_out, heads, head_dim)
+        k, v = _project(attn.qkv, y, width, 3 * width).view(b, n, 2, heads, head_dim).unbind(2)
+    keys, values = [attn.k_norm(k)], [v]
+    if rows is not None:
+        k, v = _project(attn.qkv, rows, width, 3 * width).view(*rows.shape[:2], 2, heads, head_dim).unbind(2)
+        keys.append(attn.k_norm(k).expand(b, -1, -1, -1))
+        values.append(v.expand(b, -1, -1, -1))
+    if kv is not None:
+        keys.append(kv[0].transpose(0, 1).to(k.dtype).expand(b, -1, -1, -1))
+        values.append(kv[1].transpose(0, 1).to(v.dtype).expand(b, -1, -1, -1))
+    k = torch.cat(keys, dim=1).transpose(1, 2)  # (B, H, M, d_h)
+    v = torch.cat(values, dim=1).transpose(1, 2)
+    q = attn.q_norm(q).transpose(1, 2)
+    dropout = attn.attn_drop.p if attn.training else 0.0
+    if attn.fused_attn:
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=attn.scale)
+    else:
+        weights = (q * attn.scale @ k.transpose(-2, -1)).softmax(dim=-1)
+        out = F.dropout(weights, dropout) @ v
+    out = attn.norm(out.transpose(1, 2).reshape(b, num_out, width))
+    if attn.gate is not None:
+        out = out * attn.gate(y[:, :num_out]).sigmoid()
+    mixed: Tensor = attn.proj_drop(attn.proj(out))
+    return mixed
+
+
+def _project(linear: nn.Module, x: Tensor, start: int, end: int) -> Tensor:
+    """Output columns [start, end) of a linear layer, computed alone where it is a plain one."""
+    if type(linear) is nn.Linear:
+        bias = None if linear.bias is None else linear.bias[start:end]
+        return F.linear(x, linear.weight[start:end], bias)
+    out: Tensor = linear(x)[..., start:end]
+    return out

@@ -1,0 +1,23 @@
+"""The metrics that two projects share, thin on torchmetrics.
+
+torchmetrics adds counts over batches and processes and divides once at the end.
+"""
+
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+
+TOP5_FROM = 6  # top-5 of five classes or fewer says nothing
+
+
+def classification_metrics(num_classes: int) -> MetricCollection:
+    """`top1` and, from six classes on, `top5`, each a fraction in [0, 1] over all samples (micro).
+
+    Feed with logits (B, C) and int64 targets (B,); `compute()` gives a dict of scalars.
+    """
+    kinds = {"top1": 1, "top5": 5} if num_classes >= TOP5_FROM else {"top1": 1}
+    return MetricCollection(
+        {
+            name: MulticlassAccuracy(num_classes=num_classes, top_k=k, average="micro")
+            for name, k in kinds.items()
+        }
+    )
