@@ -526,8 +526,8 @@ def test_all_modes_and_sizes_in_one_set(tmp_path: Path) -> None:
     Image.fromarray(grey.astype(np.uint16) * 257).save(folder / "deep.png")
     image.transpose(Image.Transpose.ROTATE_90).save(folder / "turned.png", exif=exif)
     image.save(folder / "moving.gif", save_all=True, append_images=[Image.new("L", (8, 8))])
-    Image.fromarray(grey).resize((64, 64), Image.Resampling.NEAREST).save(folder / "large.webp",
-                                                                          lossless=True)  # fmt: skip
+    large = image.resize((64, 64), Image.Resampling.NEAREST)
+    large.save(folder / "large.webp", lossless=True)
     images = load_source(str(tmp_path)).train
     preprocessing = Preprocessing((8, 8), (0.0,) * 3, (1.0,) * 3)
     expected = torch.from_numpy(grey / 255).float().expand(3, 8, 8)

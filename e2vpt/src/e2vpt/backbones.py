@@ -110,7 +110,8 @@ def load_backbone(
         mean, std = _rgb(cfg.mean), _rgb(cfg.std)
         size = img_size or (cfg.input_size[-2], cfg.input_size[-1])
     module.eval()
-    return Backbone(module, name, built, weights, size, mean, std, fingerprint(module))
+    sha256 = fingerprint(module) if pretrained else ""
+    return Backbone(module, name, built, weights, size, mean, std, sha256)
 
 
 @torch.no_grad()
@@ -272,10 +273,12 @@ def _fetch(architecture: str, cfg: PretrainedCfg, options: dict[str, Any]) -> nn
             pretrained_cfg_overlay={"file": file} if file else {},
             **options,
         )
-    except safetensors.SafetensorError as error:
+    except (safetensors.SafetensorError, RuntimeError) as error:
+        if not file:
+            raise
         raise InputError(
             file,
-            f"a damaged file ({first_line(error)})",
+            f"a file that does not load ({first_line(error)})",
             f"the weights of {name}",
             "delete it, and it is fetched again",
         ) from error

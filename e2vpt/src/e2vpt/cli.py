@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
+
 from shared_utils.config import load_json, parse, parse_recipe
 from shared_utils.errors import InputError, near_miss, run_main
 
@@ -72,7 +73,9 @@ class InfoConfig:
 def _train(argv: Sequence[str]) -> None:
     from e2vpt.recipes import RECIPES
 
-    _, cfg = parse_recipe(RECIPES, argv, prog="e2vpt train", about="Tune prompts on a frozen backbone.")
+    _, cfg = parse_recipe(
+        RECIPES, argv, prog="e2vpt train", about="Tune prompts on a frozen backbone."
+    )
     from e2vpt.train import train
 
     train(cfg)
@@ -81,21 +84,23 @@ def _train(argv: Sequence[str]) -> None:
 def _pretrain(argv: Sequence[str]) -> None:
     from e2vpt.pretrain import PRETRAIN_RECIPES, pretrain
 
-    _, cfg = parse_recipe(PRETRAIN_RECIPES, argv, prog="e2vpt pretrain", about="Train the micro ViT from scratch.")
+    _, cfg = parse_recipe(
+        PRETRAIN_RECIPES, argv, prog="e2vpt pretrain", about="Train the micro ViT from scratch."
+    )
     pretrain(cfg)
 
 
 def _evaluate(argv: Sequence[str]) -> None:
     cfg = parse(EvaluateConfig, argv, prog="e2vpt evaluate", about=EvaluateConfig.__doc__ or "")
     from lightning.fabric import Fabric
-    from shared_utils import checkpoint
-    from shared_utils.seeding import seed_all
 
     from e2vpt import model_io
     from e2vpt.config import TrainConfig, devices_of
     from e2vpt.data import load_data
     from e2vpt.evaluate import evaluate
     from e2vpt.model import load_tuned_state
+    from shared_utils import checkpoint
+    from shared_utils.seeding import seed_all
 
     trained = load_json(TrainConfig, cfg.run / "config.json")
     model = model_io.load(cfg.run)
@@ -105,14 +110,24 @@ def _evaluate(argv: Sequence[str]) -> None:
         load_tuned_state(model, state["model"], str(cfg.run / "best.ckpt"))
     prep = card["preprocessing"]
     data = replace(trained.data, source=cfg.source or trained.data.source)
-    splits = load_data(data, img_size=tuple(prep["img_size"]), mean=prep["mean"], std=prep["std"], seed=0)
+    splits = load_data(
+        data, img_size=tuple(prep["img_size"]), mean=prep["mean"], std=prep["std"], seed=0
+    )
     if splits.class_names != card["class_names"]:
-        raise InputError("source", f"classes {', '.join(splits.class_names[:5])}...", "those of the model",
-                         "evaluate on data with the same class names")  # fmt: skip
+        raise InputError(
+            "source",
+            f"classes {', '.join(splits.class_names[:5])}...",
+            "those of the model",
+            "evaluate on data with the same class names",
+        )
     images = {"train": splits.train, "val": splits.val, "test": splits.test}[cfg.split]
     if images is None:
-        raise InputError("split", f"'{cfg.split}', which {data.source} does not have", "another split", "name it")
-    fabric = Fabric(**devices_of(replace(trained.run, accelerator=cfg.accelerator, devices=1, num_nodes=1)))
+        raise InputError(
+            "split", f"'{cfg.split}', which {data.source} does not have", "another split", "name it"
+        )
+    fabric = Fabric(
+        **devices_of(replace(trained.run, accelerator=cfg.accelerator, devices=1, num_nodes=1))
+    )
     fabric.launch()
     seed_all(0)
     network = fabric.setup(model)
@@ -124,8 +139,14 @@ def _predict(argv: Sequence[str]) -> None:
     cfg = parse(PredictConfig, argv, prog="e2vpt predict", about=PredictConfig.__doc__ or "")
     from e2vpt.predict import predict
 
-    count, bad = predict(cfg.run, cfg.images, cfg.output, batch_size=cfg.batch_size, skip_bad=cfg.skip_bad,
-                         device=cfg.device)  # fmt: skip
+    count, bad = predict(
+        cfg.run,
+        cfg.images,
+        cfg.output,
+        batch_size=cfg.batch_size,
+        skip_bad=cfg.skip_bad,
+        device=cfg.device,
+    )
     for path in bad:
         print(f"left out, unreadable: {path}")
     print(f"{count} images: {cfg.output / 'predictions.csv'}, {cfg.output / 'predictions.png'}")
@@ -159,7 +180,9 @@ def _info(argv: Sequence[str]) -> None:
         model = prompt(backbone.module, cfg.num_classes, cfg.num_visual_prompts, cfg.num_kv_prompts)
         g = model.geometry
         title, report = f"{backbone.architecture}: E²VPT can tune it", parameter_report(model)
-        print(f"input      {backbone.img_size[0]}x{backbone.img_size[1]} pixels, patch {g.patch_size}")
+        print(
+            f"input      {backbone.img_size[0]}x{backbone.img_size[1]} pixels, patch {g.patch_size}"
+        )
         print(f"layers     {g.num_layers}, width {g.embed_dim}, heads {g.num_heads}")
     print(title)
     for part in ("visual", "kv", "head", "backbone", "tuned", "total"):
@@ -195,7 +218,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"  {name:<10} {what}")
             return
         if words[0] not in COMMANDS:
-            raise InputError("command", f"'{words[0]}'", "a known command", near_miss(words[0], COMMANDS))
+            raise InputError(
+                "command", f"'{words[0]}'", "a known command", near_miss(words[0], COMMANDS)
+            )
         COMMANDS[words[0]][0](words[1:])
 
     return run_main(body)

@@ -10,9 +10,9 @@ import timm
 import torch
 import tyro
 from lightning.fabric import Fabric
-from shared_utils.errors import InputError
 
 from e2vpt.optim import OptimizerName, Schedule
+from shared_utils.errors import InputError
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 Method = Literal["e2vpt", "vpt-shallow", "vpt-deep", "linear", "bias", "full"]
@@ -41,7 +41,6 @@ class RunConfig:
     """machines"""
     precision: Precision = "bf16-mixed"
     """32-true, bf16-mixed (autocast) or 16-mixed (autocast with loss scaling)"""
-
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +80,9 @@ class ModelConfig:
             if getattr(self, name) < 0:
                 raise InputError(f"model.{name}", getattr(self, name), "0 or more", "correct it")
         if not 0 <= self.prompt_dropout < 1:
-            raise InputError("model.prompt_dropout", self.prompt_dropout, "0 <= p < 1", "correct it")
+            raise InputError(
+                "model.prompt_dropout", self.prompt_dropout, "0 <= p < 1", "correct it"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,15 +90,15 @@ class DataConfig:
     """The images: where they are, how they are split, and what is done to them."""
 
     source: str = "digits"
-    """digits (ships with scikit-learn), an image folder, a folder with train.csv, or a packed .npz"""
+    """digits (ships with scikit-learn), an image folder, one with train.csv, or a packed .npz"""
     num_train: int = 0
     """training images drawn from a source that is not split (0: what the other splits leave)"""
     num_val: int = 0
-    """validation images drawn where there is no validation split (0: a fifth of the training pool)"""
+    """validation images drawn where there is no such split (0: a fifth of the training pool)"""
     img_size: int = 0
     """side of the square input in pixels (0: the backbone's own)"""
     resize: Literal["squash", "crop"] = "squash"
-    """squash to the input size as VTAB does, or short side times 256/224, then crop, as FGVC does"""
+    """squash to the input size (VTAB), or short side to 256/224 of it, then crop (FGVC)"""
     augment: Literal["none", "flip", "crop-flip"] = "none"
     """training augmentation; crop-flip draws its crop at random (needs resize crop)"""
     normalize: Literal["imagenet", "checkpoint", "none"] = "checkpoint"
@@ -119,8 +120,12 @@ class DataConfig:
             if getattr(self, name) < 0:
                 raise InputError(f"data.{name}", getattr(self, name), "0 or more", "correct it")
         if self.augment == "crop-flip" and self.resize != "crop":
-            raise InputError("data.augment", "crop-flip with data.resize squash", "data.resize crop",
-                             "add --data.resize crop or use --data.augment flip")  # fmt: skip
+            raise InputError(
+                "data.augment",
+                "crop-flip with data.resize squash",
+                "data.resize crop",
+                "add --data.resize crop or use --data.augment flip",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,8 +156,12 @@ class OptimConfig:
             if getattr(self, name) < 0:
                 raise InputError(f"optim.{name}", getattr(self, name), "0 or more", "correct it")
         if self.warmup_epochs > self.epochs:
-            raise InputError("optim.warmup_epochs", self.warmup_epochs, f"at most optim.epochs ({self.epochs})",
-                             "lower it")  # fmt: skip
+            raise InputError(
+                "optim.warmup_epochs",
+                self.warmup_epochs,
+                f"at most optim.epochs ({self.epochs})",
+                "lower it",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,8 +197,14 @@ def run_facts(fabric: Fabric) -> dict[str, Any]:
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
         "peak_memory_bytes": int(memory),
-        "device": torch.cuda.get_device_name(fabric.device) if fabric.device.type == "cuda" else "cpu",
+        "device": torch.cuda.get_device_name(fabric.device)
+        if fabric.device.type == "cuda"
+        else "cpu",
         "precision": str(fabric._precision.precision),
         "processes": fabric.world_size,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "timm": timm.__version__,
+        },
     }

@@ -288,18 +288,29 @@ def _check(
 
 
 class EpochOrder(Sampler[int]):
-    """All positions in a random order: that of (seed, epoch) of the set, or drawn from `generator`.
+    """This process's share of all positions in a random order.
+
+    The order is that of (seed, epoch) of the set, or drawn from `generator`. Shares have one
+    length: the order is filled up from its start, so that all processes take as many steps.
 
     It has no `set_epoch`: Fabric would call that with a count of its own, which restarts when a run
     is resumed.
     """
 
-    def __init__(self, images: ImageSet, generator: torch.Generator | None = None) -> None:
+    def __init__(
+        self,
+        images: ImageSet,
+        generator: torch.Generator | None = None,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
         self.images, self.generator = images, generator
+        self.rank, self.world_size = rank, world_size
 
     def __len__(self) -> int:
-        """Number of images."""
-        return len(self.images)
+        """Number of images of this process."""
+        return -(-len(self.images) // self.world_size)
 
     def __iter__(self) -> Iterator[int]:
         """The order, drawn once per pass in the calling process."""
@@ -308,7 +319,8 @@ class EpochOrder(Sampler[int]):
         else:
             rng = np.random.default_rng((ORDER, self.images.seed, self.images.epoch))
             order = rng.permutation(len(self.images)).tolist()
-        return iter(order)
+        order += order[: len(self) * self.world_size - len(order)]
+        return iter(order[self.rank :: self.world_size])
 
 
 class ImageLoader(DataLoader[tuple[Tensor, int]]):
@@ -316,10 +328,15 @@ class ImageLoader(DataLoader[tuple[Tensor, int]]):
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:  # type: ignore[override]
         """Batches: float32 (B, 3, H, W) and int64 (B,). Raises UnreadableImage."""
+        bad = None
         for batch in super().__iter__():
             if isinstance(batch, UnreadableImage):
-                raise batch
+                bad = batch
+                break
             yield batch
+        if bad is not None:
+            self._iterator = None  # ends its processes now; left to the collector it takes seconds
+            raise bad
 
 
 def build_loader(
@@ -328,6 +345,8 @@ def build_loader(
     *,
     train: bool,
     generator: torch.Generator | None = None,
+    rank: int = 0,
+    world_size: int = 1,
     pin_memory: bool = False,
 ) -> ImageLoader:
     """Batches of `cfg.batch_size`, the last one may be smaller.
@@ -338,12 +357,19 @@ def build_loader(
         train: shuffle; otherwise the set's own order.
         generator: draw the order from it, once per pass; without it, which makes resuming simple,
             the order is that of (seed, epoch) of the set. No other random state is touched.
+        rank: which of `world_size` processes this is. In training all get as many images; in
+            evaluation each image goes to one process.
+        world_size: number of processes that share the set.
         pin_memory: page-locked batches, for copying to a GPU.
     """
     return ImageLoader(
         image_set,
         batch_size=cfg.batch_size,
-        sampler=EpochOrder(image_set, generator) if train else None,
+        sampler=(
+            EpochOrder(image_set, generator, rank=rank, world_size=world_size)
+            if train
+            else range(rank, len(image_set), world_size)
+        ),
         num_workers=cfg.num_workers,
         collate_fn=_collate,
         worker_init_fn=seed_worker,

@@ -5,14 +5,16 @@ from typing import Any
 
 import torch
 from lightning.fabric import Fabric
-from shared_utils.metrics import classification_metrics
 from torch import Tensor, nn
 
 from e2vpt.config import DataConfig
 from e2vpt.data import ImageSet, build_loader
+from shared_utils.metrics import classification_metrics
 
 
-def evaluate(fabric: Fabric, model: nn.Module, images: ImageSet, cfg: DataConfig, num_classes: int) -> dict[str, float]:
+def evaluate(
+    fabric: Fabric, model: nn.Module, images: ImageSet, cfg: DataConfig, num_classes: int
+) -> dict[str, float]:
     """Top-1 and, from six classes on, top-5, in [0, 1]; each image counts once.
 
     Args:
@@ -28,16 +30,25 @@ def evaluate(fabric: Fabric, model: nn.Module, images: ImageSet, cfg: DataConfig
     return {name: float(value) for name, value in metrics.compute().items()}
 
 
-def predict_set(fabric: Fabric, model: nn.Module, images: ImageSet, cfg: DataConfig) -> tuple[Tensor, Tensor]:
+def predict_set(
+    fabric: Fabric, model: nn.Module, images: ImageSet, cfg: DataConfig
+) -> tuple[Tensor, Tensor]:
     """Logits (N, C) float32 and labels (N,) of a whole split, on the CPU, in this process alone."""
-    parts = [(logits.cpu(), labels.cpu()) for logits, labels in _batches(fabric, model, images, cfg, alone=True)]
+    parts = [
+        (logits.cpu(), labels.cpu())
+        for logits, labels in _batches(fabric, model, images, cfg, alone=True)
+    ]
     return torch.cat([logits for logits, _ in parts]), torch.cat([labels for _, labels in parts])
 
 
 @torch.no_grad()
-def _batches(fabric: Fabric, model: Any, images: ImageSet, cfg: DataConfig, alone: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(
+    fabric: Fabric, model: Any, images: ImageSet, cfg: DataConfig, alone: bool = False
+) -> Iterator[tuple[Tensor, Tensor]]:
     rank, world_size = (0, 1) if alone else (fabric.global_rank, fabric.world_size)
-    loader = build_loader(images.with_augment("none"), cfg, train=False, rank=rank, world_size=world_size)
+    loader = build_loader(
+        images.with_augment("none"), cfg, train=False, rank=rank, world_size=world_size
+    )
     was_training = model.training
     model.eval()
     try:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from shared_utils.errors import InputError
 
 from e2vpt import model_io
+from shared_utils.errors import InputError
 
 TOLERANCE = 1e-3  # largest difference of a logit, relative to the largest logit
 CHECKED_BATCHES = (1, 3)  # sizes other than the one traced
@@ -27,21 +27,27 @@ def export_onnx(folder: Path, output: Path) -> float:
 
     card = model_io.read_card(folder)
     model = model_io.load(folder)
-    height, width = card["preprocessing"]["img_size"] if card["preprocessing"] else card["backbone"]["img_size"]
+    height, width = (
+        card["preprocessing"]["img_size"] if card["preprocessing"] else card["backbone"]["img_size"]
+    )
     example = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(0))
     with warnings.catch_warnings():
         # The exporter warns of its own internals; what counts is checked below.
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
-            model, (example,), dynamo=True, input_names=["images"], output_names=["logits"],
-            dynamic_shapes={"images": {0: torch.export.Dim("batch", min=1)}}, verbose=False,
-        )  # fmt: skip
+            model,
+            (example,),
+            dynamo=True,
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes={"images": {0: torch.export.Dim("batch", min=1)}},
+            verbose=False,
+        )
     if program is None:
         raise RuntimeError("torch.onnx.export gave no program")
     proto = program.model_proto
-    for key in ("class_names", "preprocessing"):
-        onnx.helper.set_model_props(proto, {"class_names": json.dumps(card["class_names"]),
-                                            "preprocessing": json.dumps(card["preprocessing"])})  # fmt: skip
+    facts = {key: json.dumps(card[key]) for key in ("class_names", "preprocessing")}
+    onnx.helper.set_model_props(proto, facts)
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_name(f".{output.name}.tmp")
     try:
@@ -49,14 +55,22 @@ def export_onnx(folder: Path, output: Path) -> float:
         session = onnxruntime.InferenceSession(str(temporary), providers=["CPUExecutionProvider"])
         worst = 0.0
         for batch in CHECKED_BATCHES:
-            images = torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(batch))
+            images = torch.randn(
+                batch, 3, height, width, generator=torch.Generator().manual_seed(batch)
+            )
             with torch.no_grad():
                 expected = model(images).numpy()
             got = session.run(["logits"], {"images": images.numpy()})[0]
-            worst = max(worst, float(np.abs(got - expected).max() / max(np.abs(expected).max(), 1e-6)))
+            worst = max(
+                worst, float(np.abs(got - expected).max() / max(np.abs(expected).max(), 1e-6))
+            )
         if not worst <= TOLERANCE:
-            raise InputError("export", f"logits that differ by {worst:.2g} of the largest", f"at most {TOLERANCE}",
-                             "report this model")  # fmt: skip
+            raise InputError(
+                "export",
+                f"logits that differ by {worst:.2g} of the largest",
+                f"at most {TOLERANCE}",
+                "report this model",
+            )
         temporary.replace(output)
     finally:
         temporary.unlink(missing_ok=True)

@@ -21,8 +21,14 @@ class ConvPatchEmbed(nn.Module):
     accepted and left alone.
     """
 
-    def __init__(self, img_size: int = IMG_SIZE, patch_size: int = PATCH_SIZE, in_chans: int = 3,
-                 embed_dim: int = 192, **_unused: Any) -> None:  # fmt: skip
+    def __init__(
+        self,
+        img_size: int = IMG_SIZE,
+        patch_size: int = PATCH_SIZE,
+        in_chans: int = 3,
+        embed_dim: int = 192,
+        **_unused: Any,
+    ) -> None:
         """Build for square images of `img_size` pixels; `patch_size` must be 4."""
         super().__init__()
         if patch_size != PATCH_SIZE:
@@ -34,7 +40,11 @@ class ConvPatchEmbed(nn.Module):
         widths = (embed_dim // 4, embed_dim // 2, embed_dim // 2)
         layers: list[nn.Module] = []
         for width, stride in zip(widths, (1, 2, 1), strict=True):
-            layers += [nn.Conv2d(in_chans, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.GELU()]
+            layers += [
+                nn.Conv2d(in_chans, width, 3, stride, 1, bias=False),
+                nn.BatchNorm2d(width),
+                nn.GELU(),
+            ]
             in_chans = width
         self.proj = nn.Sequential(*layers, nn.Conv2d(in_chans, embed_dim, 3, 2, 1))
 
@@ -44,8 +54,9 @@ class ConvPatchEmbed(nn.Module):
         return out
 
 
-def build_micro_vit(num_classes: int = 200, *, embed_dim: int = 192, depth: int = 6,
-                    num_heads: int = 3) -> VisionTransformer:  # fmt: skip
+def build_micro_vit(
+    num_classes: int = 200, *, embed_dim: int = 192, depth: int = 6, num_heads: int = 3
+) -> VisionTransformer:
     """The architecture with random weights."""
     return VisionTransformer(
         img_size=IMG_SIZE,

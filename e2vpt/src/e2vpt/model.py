@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
 import torch
-from shared_utils.errors import InputError
 from torch import Tensor, nn
 
 from e2vpt.config import KVInit
 from e2vpt.prompts import KeyValuePrompts, VisualPrompts
 from e2vpt.vit import check_supported, prompted_features
+from shared_utils.errors import InputError
 
 PARITY_HEAD_BIAS = -math.log(99)  # a prior of 0.01 per class
 
@@ -44,7 +44,9 @@ class PromptSpec:
             if getattr(self, name) < 0:
                 raise InputError(name, getattr(self, name), "0 or more", "correct it")
         if self.backbone_trains not in ("none", "bias", "full"):
-            raise InputError("backbone_trains", self.backbone_trains, "none, bias or full", "correct it")
+            raise InputError(
+                "backbone_trains", self.backbone_trains, "none, bias or full", "correct it"
+            )
 
     def dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -72,12 +74,17 @@ class PromptedModel(nn.Module):
         self.geometry = check_supported(backbone)
         self.spec = spec
         if spec.pool_prompts and cast(Any, backbone).global_pool == "token":
-            raise InputError("pool_prompts", "True on a backbone that pools its class token",
-                             "average pooling", "leave it off")  # fmt: skip
+            raise InputError(
+                "pool_prompts",
+                "True on a backbone that pools its class token",
+                "average pooling",
+                "leave it off",
+            )
         g = self.geometry
-        self.backbone: Any = backbone
+        self.backbone: Any
+        self.backbone = backbone
         self._before = _Before(
-            head=self.backbone.head,
+            head=cast(Any, backbone).head,
             trains={n: p.requires_grad for n, p in backbone.named_parameters()},
             modes={n: m.training for n, m in backbone.named_modules()},
         )
@@ -89,16 +96,25 @@ class PromptedModel(nn.Module):
         self.visual = None
         if spec.num_visual_prompts:
             self.visual = VisualPrompts(
-                g.num_layers if spec.deep else 1, spec.num_visual_prompts, g.embed_dim,
-                patch_size=g.patch_size, dropout=spec.prompt_dropout, prompt_dim=spec.prompt_dim,
-            )  # fmt: skip
+                g.num_layers if spec.deep else 1,
+                spec.num_visual_prompts,
+                g.embed_dim,
+                patch_size=g.patch_size,
+                dropout=spec.prompt_dropout,
+                prompt_dim=spec.prompt_dim,
+            )
         self.kv = None
         if spec.num_kv_prompts:
             self.kv = KeyValuePrompts(
-                g.num_layers if spec.kv_deep else 1, spec.num_kv_prompts, g.num_heads, g.head_dim,
-                share=spec.share_kv, init=spec.kv_init, patch_size=g.patch_size,
-            )  # fmt: skip
-        self.head = nn.Linear(self.backbone.num_features, spec.num_classes)
+                g.num_layers if spec.kv_deep else 1,
+                spec.num_kv_prompts,
+                g.num_heads,
+                g.head_dim,
+                share=spec.share_kv,
+                init=spec.kv_init,
+                patch_size=g.patch_size,
+            )
+        self.head = nn.Linear(cast(Any, backbone).num_features, spec.num_classes)
         if spec.parity_head:
             nn.init.kaiming_normal_(self.head.weight, mode="fan_out")
             nn.init.constant_(self.head.bias, PARITY_HEAD_BIAS)
@@ -120,9 +136,13 @@ class PromptedModel(nn.Module):
             tokens = self.backbone.forward_features(images)
         else:
             tokens = prompted_features(
-                self.backbone, images, self.visual, self.kv,
-                token_form=self.spec.token_form, pool_prompts=self.spec.pool_prompts,
-            )  # fmt: skip
+                self.backbone,
+                images,
+                self.visual,
+                self.kv,
+                token_form=self.spec.token_form,
+                pool_prompts=self.spec.pool_prompts,
+            )
         pooled: Tensor = self.backbone.forward_head(tokens, pre_logits=True)
         return pooled
 
@@ -132,10 +152,22 @@ class PromptedModel(nn.Module):
         return logits
 
 
-def prompt(backbone: nn.Module, num_classes: int, num_visual_prompts: int = 10, num_kv_prompts: int = 5, *,
-           deep: bool = True, share_kv: bool = True, kv_deep: bool = True, kv_init: KVInit = "kaiming",
-           prompt_dropout: float = 0.1, prompt_dim: int = 0, pool_prompts: bool = False,
-           token_form: bool = False, parity_head: bool = False) -> PromptedModel:  # fmt: skip
+def prompt(
+    backbone: nn.Module,
+    num_classes: int,
+    num_visual_prompts: int = 10,
+    num_kv_prompts: int = 5,
+    *,
+    deep: bool = True,
+    share_kv: bool = True,
+    kv_deep: bool = True,
+    kv_init: KVInit = "kaiming",
+    prompt_dropout: float = 0.1,
+    prompt_dim: int = 0,
+    pool_prompts: bool = False,
+    token_form: bool = False,
+    parity_head: bool = False,
+) -> PromptedModel:
     """Put E²VPT's prompts and a new linear head on a timm backbone and freeze the rest.
 
     Paper: Sec. 3. Differs from the paper: patches only are averaged where the backbone pools by
@@ -160,10 +192,19 @@ def prompt(backbone: nn.Module, num_classes: int, num_visual_prompts: int = 10, 
     Raises: InputError for a class of backbone or attention that is not known.
     """
     spec = PromptSpec(
-        num_classes=num_classes, num_visual_prompts=num_visual_prompts, num_kv_prompts=num_kv_prompts,
-        deep=deep, share_kv=share_kv, kv_deep=kv_deep, kv_init=kv_init, prompt_dropout=prompt_dropout,
-        prompt_dim=prompt_dim, pool_prompts=pool_prompts, token_form=token_form, parity_head=parity_head,
-    )  # fmt: skip
+        num_classes=num_classes,
+        num_visual_prompts=num_visual_prompts,
+        num_kv_prompts=num_kv_prompts,
+        deep=deep,
+        share_kv=share_kv,
+        kv_deep=kv_deep,
+        kv_init=kv_init,
+        prompt_dropout=prompt_dropout,
+        prompt_dim=prompt_dim,
+        pool_prompts=pool_prompts,
+        token_form=token_form,
+        parity_head=parity_head,
+    )
     return PromptedModel(backbone, spec)
 
 
@@ -196,8 +237,12 @@ def parameter_report(model: PromptedModel) -> dict[str, float]:
             return 0
         return sum(p.numel() for p in module.parameters() if p.requires_grad or not trains_only)
 
-    parts = {"visual": count(model.visual), "kv": count(model.kv), "head": count(model.head),
-             "backbone": count(model.backbone)}  # fmt: skip
+    parts = {
+        "visual": count(model.visual),
+        "kv": count(model.kv),
+        "head": count(model.head),
+        "backbone": count(model.backbone),
+    }
     tuned, total = sum(parts.values()), count(model, trains_only=False)
     return {**parts, "tuned": tuned, "total": total, "percent": 100 * tuned / total}
 
@@ -227,10 +272,18 @@ def load_tuned_state(model: PromptedModel, state: dict[str, Tensor], where: str)
     for name in sorted(own.keys() | state.keys()):
         if name not in state or name not in own:
             got = "no" if name not in state else "an unexpected"
-            raise InputError(where, f"{got} tensor '{name}'", "the tensors of this model",
-                             "build the model as the saved one was")  # fmt: skip
+            raise InputError(
+                where,
+                f"{got} tensor '{name}'",
+                "the tensors of this model",
+                "build the model as the saved one was",
+            )
         if own[name].shape != state[name].shape:
-            raise InputError(f"{where} {name}", f"shape {tuple(state[name].shape)}", f"{tuple(own[name].shape)}",
-                             "build the model as the saved one was")  # fmt: skip
+            raise InputError(
+                f"{where} {name}",
+                f"shape {tuple(state[name].shape)}",
+                f"{tuple(own[name].shape)}",
+                "build the model as the saved one was",
+            )
     for name, tensor in state.items():
         own[name].copy_(tensor)

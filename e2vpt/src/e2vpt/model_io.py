@@ -8,15 +8,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-from shared_utils import checkpoint
-from shared_utils.config import from_dict
-from shared_utils.errors import InputError, MissingFileError
 from torch import nn
 
 from e2vpt.backbones import Backbone, fingerprint, load_backbone
 from e2vpt.images import Preprocessing
-from e2vpt.weight_files import WEIGHT_FILES
 from e2vpt.model import PromptedModel, PromptSpec, load_tuned_state, parameter_report, tuned_state
+from e2vpt.weight_files import WEIGHT_FILES
+from shared_utils import checkpoint
+from shared_utils.config import from_dict
+from shared_utils.errors import InputError, MissingFileError
 
 WEIGHTS, CARD = "model.safetensors", "model.json"
 
@@ -75,16 +75,18 @@ def load(folder: Path | str, backbone: nn.Module | None = None) -> PromptedModel
             raise InputError("backbone", "no name in model.json", "the module", "pass backbone=")
         size = known["img_size"]
         backbone = load_backbone(
-            known["name"], known["architecture"] if known["is_file"] else "",
+            known["name"],
+            known["architecture"] if known["is_file"] else "",
             img_size=None if size is None else (size[0], size[1]),
-        ).module  # fmt: skip
+        ).module
     model = PromptedModel(backbone, spec)
     if spec.backbone_trains == "none" and fingerprint(backbone) != known["sha256"]:
         raise InputError(
-            "backbone", f"weights with fingerprint {fingerprint(backbone)[:12]}",
-            f"{known['sha256'][:12]} ({known['name'] or 'unnamed'}), which the prompts were trained on",
+            "backbone",
+            f"weights with fingerprint {fingerprint(backbone)[:12]}",
+            f"{known['sha256'][:12]}, those of {known['name'] or 'the saved model'}",
             "load that backbone",
-        )  # fmt: skip
+        )
     tensors, _ = checkpoint.load_weights(folder / WEIGHTS)
     load_tuned_state(model, tensors, str(folder / WEIGHTS))
     return model.eval()
@@ -97,27 +99,44 @@ def read_card(folder: Path) -> dict[str, Any]:
     """
     path = folder / CARD
     if not path.is_file():
-        raise MissingFileError(str(path), "no such file", "a saved E²VPT model",
-                               "name a run folder that finished training")  # fmt: skip
+        raise MissingFileError(
+            str(path),
+            "no such file",
+            "a saved E²VPT model",
+            "name a run folder that finished training",
+        )
     try:
         card = json.loads(path.read_text())
     except ValueError as error:
         raise InputError(str(path), f"no JSON ({error})", "JSON", "restore the file") from error
     keys = {"backbone", "spec", "class_names", "preprocessing"}
     if not isinstance(card, dict) or card.get("project") != "e2vpt" or not keys <= card.keys():
-        raise InputError(str(path), "another kind of file", "the card of an E²VPT model",
-                         "name a folder that e2vpt wrote")  # fmt: skip
+        raise InputError(
+            str(path),
+            "another kind of file",
+            "the card of an E²VPT model",
+            "name a folder that e2vpt wrote",
+        )
     return card
 
 
 def _backbone_card(model: PromptedModel, source: Backbone | None) -> dict[str, Any]:
     if source is not None:
         return {
-            "name": source.name, "architecture": source.architecture, "weights": source.weights,
+            "name": source.name,
+            "architecture": source.architecture,
+            "weights": source.weights,
             "is_file": source.name.lower().endswith(WEIGHT_FILES),
-            "img_size": list(source.img_size), "sha256": source.sha256,
-        }  # fmt: skip
+            "img_size": list(source.img_size),
+            "sha256": source.sha256,
+        }
     config = getattr(model.backbone, "pretrained_cfg", None) or {}
     name = ".".join(part for part in (config.get("architecture"), config.get("tag")) if part)
-    return {"name": name, "architecture": name, "weights": "unknown", "is_file": False,
-            "img_size": None, "sha256": fingerprint(model.backbone)}  # fmt: skip
+    return {
+        "name": name,
+        "architecture": name,
+        "weights": "unknown",
+        "is_file": False,
+        "img_size": None,
+        "sha256": fingerprint(model.backbone),
+    }

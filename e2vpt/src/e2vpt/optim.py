@@ -5,8 +5,9 @@ from collections.abc import Iterable
 from typing import Literal
 
 import torch
-from shared_utils.errors import InputError
 from torch import nn
+
+from shared_utils.errors import InputError
 
 OptimizerName = Literal["sgd", "adamw"]
 Schedule = Literal["cosine", "per-epoch", "trapezoid"]
@@ -14,8 +15,14 @@ Schedule = Literal["cosine", "per-epoch", "trapezoid"]
 COOLDOWN_SHARE = 0.35  # of a trapezoid's steps: the linear descent to 0
 
 
-def build_optimizer(name: OptimizerName, parameters: Iterable[tuple[str, nn.Parameter]], *, lr: float,
-                    weight_decay: float, momentum: float = 0.9) -> torch.optim.Optimizer:  # fmt: skip
+def build_optimizer(
+    name: OptimizerName,
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    *,
+    lr: float,
+    weight_decay: float,
+    momentum: float = 0.9,
+) -> torch.optim.Optimizer:
     """SGD with momentum or AdamW over the trainable parameters.
 
     Decay applies to prompts, key-value prompts and weights of two or more dimensions, not to
@@ -33,15 +40,25 @@ def build_optimizer(name: OptimizerName, parameters: Iterable[tuple[str, nn.Para
         raise InputError("parameters", "none that train", "at least one", "choose another method")
     decayed = [p for _, p in trainable if p.ndim >= 2]
     plain = [p for _, p in trainable if p.ndim < 2]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    groups = [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
     groups = [g for g in groups if g["params"]]
     if name == "sgd":
         return torch.optim.SGD(groups, lr=lr, momentum=momentum)
     return torch.optim.AdamW(groups, lr=lr)
 
 
-def lr_at(step: int, *, schedule: Schedule, peak: float, steps_per_epoch: int, epochs: int,
-          warmup_epochs: float) -> float:  # fmt: skip
+def lr_at(
+    step: int,
+    *,
+    schedule: Schedule,
+    peak: float,
+    steps_per_epoch: int,
+    epochs: int,
+    warmup_epochs: float,
+) -> float:
     """The learning rate of optimiser step `step` (counted from 0).
 
     - `cosine`: linear warm-up, then a half cosine to 0, both per step.

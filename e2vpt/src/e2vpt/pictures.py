@@ -36,11 +36,21 @@ def confusion(logits: Tensor, labels: Tensor, class_names: Sequence[str], path: 
     figure.colorbar(image, label="share of the true class", shrink=0.8)
     axes.set(xlabel="predicted", ylabel="true")
     if c <= MAX_NAMED_CLASSES:
-        axes.set_xticks(range(c), class_names, rotation=45 if max(map(len, class_names)) > 3 else 0, ha="right")
+        axes.set_xticks(
+            range(c), class_names, rotation=45 if max(map(len, class_names)) > 3 else 0, ha="right"
+        )
         axes.set_yticks(range(c), class_names)
         for row, column in np.argwhere(counts):
             colour = "white" if share[row, column] > 0.5 else "black"
-            axes.text(column, row, str(counts[row, column]), ha="center", va="center", color=colour, fontsize=8)
+            axes.text(
+                column,
+                row,
+                str(counts[row, column]),
+                ha="center",
+                va="center",
+                color=colour,
+                fontsize=8,
+            )
     figure.savefig(path, dpi=110)
 
 
@@ -56,17 +66,22 @@ def predictions(images: ImageSet, logits: Tensor, class_names: Sequence[str], pa
     probability, predicted = logits.softmax(1).max(1)
     labels = torch.tensor(images.labels)
     wrong = predicted != labels
-    order = (wrong.float() + probability).argsort(descending=True)[: SHEET_IMAGES].tolist()
-    captions = [
-        f"{class_names[predicted[i]]} {probability[i]:.2f}" + (f"\ntrue: {class_names[labels[i]]}" if wrong[i] else "")
-        for i in order
-    ]
+    order = (wrong.float() + probability).argsort(descending=True)[:SHEET_IMAGES].tolist()
+    captions = []
+    for i in order:
+        caption = f"{class_names[int(predicted[i])]} {float(probability[i]):.2f}"
+        captions.append(caption + (f"\ntrue: {class_names[int(labels[i])]}" if wrong[i] else ""))
     title = f"{int(wrong.sum())} of {len(labels)} wrong; wrong ones (red) first"
     sheet([images.image(i) for i in order], captions, path, title, [bool(wrong[i]) for i in order])
 
 
-def sheet(images: Sequence[Image.Image], captions: Sequence[str], path: Path, title: str,
-          marked: Sequence[bool] | None = None) -> None:  # fmt: skip
+def sheet(
+    images: Sequence[Image.Image],
+    captions: Sequence[str],
+    path: Path,
+    title: str,
+    marked: Sequence[bool] | None = None,
+) -> None:
     """Draw images in a grid of eight columns with a caption below each; marked ones in red."""
     columns = min(8, len(images))
     rows = -(-len(images) // columns)

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from shared_utils.errors import InputError, MissingFileError
 from torch import Tensor
 
 from e2vpt import model_io, pictures
 from e2vpt.images import Preprocessing, UnreadableImage, decode_image
 from e2vpt.model import PromptedModel
+from shared_utils.errors import InputError, MissingFileError
 
 SUFFIXES = frozenset(Image.registered_extensions())
 
@@ -27,8 +27,12 @@ class Predictor:
         """
         card = model_io.read_card(folder)
         if card["preprocessing"] is None or card["class_names"] is None:
-            raise InputError(str(folder / model_io.CARD), "no preprocessing or class names", "both",
-                             "pass them to e2vpt.save")  # fmt: skip
+            raise InputError(
+                str(folder / model_io.CARD),
+                "no preprocessing or class names",
+                "both",
+                "pass them to e2vpt.save",
+            )
         self.preprocessing = Preprocessing.from_dict(card["preprocessing"])
         self.class_names: list[str] = card["class_names"]
         self.device = torch.device(device)
@@ -38,7 +42,8 @@ class Predictor:
     def __call__(self, images: Sequence[Image.Image]) -> Tensor:
         """Probabilities (N, C) float32 on the CPU of RGB images of any size."""
         batch = torch.stack([self.preprocessing(image) for image in images])
-        return self.model(batch.to(self.device)).float().softmax(1).cpu()
+        logits: Tensor = self.model(batch.to(self.device))
+        return logits.float().softmax(1).cpu()
 
 
 def find_images(inputs: Sequence[str]) -> list[Path]:
@@ -50,20 +55,35 @@ def find_images(inputs: Sequence[str]) -> list[Path]:
     for given in inputs:
         path = Path(given)
         if path.is_dir():
-            matches = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in SUFFIXES and p.is_file()]
+            matches = [
+                p for p in sorted(path.rglob("*")) if p.suffix.lower() in SUFFIXES and p.is_file()
+            ]
         elif path.is_file():
             matches = [path]
         else:
-            matches = [p for p in map(Path, sorted(glob.glob(given, recursive=True))) if p.is_file()]
+            matches = [
+                p for p in map(Path, sorted(glob.glob(given, recursive=True))) if p.is_file()
+            ]
         if not matches:
-            raise MissingFileError("images", f"'{given}', which matches no image", "files, folders or globs",
-                                   "check the path")  # fmt: skip
+            raise MissingFileError(
+                "images",
+                f"'{given}', which matches no image",
+                "files, folders or globs",
+                "check the path",
+            )
         found |= dict.fromkeys(matches)
     return list(found)
 
 
-def predict(folder: Path, inputs: Sequence[str], output: Path, *, batch_size: int = 64, skip_bad: bool = False,
-            device: str = "cpu") -> tuple[int, list[str]]:  # fmt: skip
+def predict(
+    folder: Path,
+    inputs: Sequence[str],
+    output: Path,
+    *,
+    batch_size: int = 64,
+    skip_bad: bool = False,
+    device: str = "cpu",
+) -> tuple[int, list[str]]:
     """Write `predictions.csv` and `predictions.png` into `output`.
 
     The CSV has a row per image: path, class, probability, and the second and third choice.
@@ -79,7 +99,9 @@ def predict(folder: Path, inputs: Sequence[str], output: Path, *, batch_size: in
     bad: list[UnreadableImage] = []
     for paths, images in _read(find_images(inputs), batch_size, bad):
         values, classes = predictor(images).topk(top, dim=1)
-        for path, image, probability, choice in zip(paths, images, values.tolist(), classes.tolist(), strict=True):
+        for path, image, probability, choice in zip(
+            paths, images, values.tolist(), classes.tolist(), strict=True
+        ):
             row = [str(path)]
             for p, c in zip(probability, choice, strict=True):
                 row += [names[c], f"{p:.6f}"]
@@ -87,21 +109,36 @@ def predict(folder: Path, inputs: Sequence[str], output: Path, *, batch_size: in
             if len(shown) < pictures.SHEET_IMAGES:
                 shown.append((image, f"{names[choice[0]]} {probability[0]:.2f}"))
     if bad and not skip_bad:
-        raise InputError("images", f"{len(bad)} unreadable: {'; '.join(str(e.name) for e in bad[:5])}",
-                         "readable images", "remove them or give --skip-bad")  # fmt: skip
+        raise InputError(
+            "images",
+            f"{len(bad)} unreadable: {'; '.join(str(e.name) for e in bad[:5])}",
+            "readable images",
+            "remove them or give --skip-bad",
+        )
     if not rows:
         raise InputError("images", "no readable image", "at least one", "check the paths")
     output.mkdir(parents=True, exist_ok=True)
     with (output / "predictions.csv").open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["path", *(f"{what}{i}" for i in range(1, top + 1) for what in ("class", "probability"))])
+        writer.writerow(
+            [
+                "path",
+                *(f"{what}{i}" for i in range(1, top + 1) for what in ("class", "probability")),
+            ]
+        )
         writer.writerows(rows)
-    pictures.sheet([image for image, _ in shown], [caption for _, caption in shown], output / "predictions.png",
-                   f"{len(shown)} of {len(rows)} images")  # fmt: skip
+    pictures.sheet(
+        [image for image, _ in shown],
+        [caption for _, caption in shown],
+        output / "predictions.png",
+        f"{len(shown)} of {len(rows)} images",
+    )
     return len(rows), [str(error.name) for error in bad]
 
 
-def _read(paths: Sequence[Path], batch_size: int, bad: list[UnreadableImage]) -> Iterator[tuple[list[Path], list[Image.Image]]]:
+def _read(
+    paths: Sequence[Path], batch_size: int, bad: list[UnreadableImage]
+) -> Iterator[tuple[list[Path], list[Image.Image]]]:
     for start in range(0, len(paths), batch_size):
         kept, images = [], []
         for path in paths[start : start + batch_size]:

@@ -9,11 +9,11 @@ Shapes: B batch, L layers, P visual prompts, n key-value prompts, H heads, D wid
 import math
 
 import torch
-from shared_utils.errors import InputError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from e2vpt.config import KVInit
+from shared_utils.errors import InputError
 
 PATCH_INIT_WIDTH = 16  # width in the bound of init "patch"; a constant of the paper's code
 
@@ -21,8 +21,16 @@ PATCH_INIT_WIDTH = 16  # width in the bound of init "patch"; a constant of the p
 class VisualPrompts(nn.Module):
     """Learned tokens, P for each prompted layer."""
 
-    def __init__(self, num_layers: int, num_prompts: int, embed_dim: int, *, patch_size: int,
-                 dropout: float = 0.1, prompt_dim: int = 0) -> None:  # fmt: skip
+    def __init__(
+        self,
+        num_layers: int,
+        num_prompts: int,
+        embed_dim: int,
+        *,
+        patch_size: int,
+        dropout: float = 0.1,
+        prompt_dim: int = 0,
+    ) -> None:
         """Initialise from U(-v, v), v = sqrt(6 / (3 patch_size² + width)) (paper's code).
 
         Args:
@@ -36,11 +44,15 @@ class VisualPrompts(nn.Module):
         super().__init__()
         width = prompt_dim or embed_dim
         bound = math.sqrt(6 / (3 * patch_size**2 + width))
-        self.weight = nn.Parameter(torch.empty(num_layers, num_prompts, width).uniform_(-bound, bound))
-        self.project = nn.Linear(prompt_dim, embed_dim) if prompt_dim else nn.Identity()
+        self.weight = nn.Parameter(
+            torch.empty(num_layers, num_prompts, width).uniform_(-bound, bound)
+        )
+        self.project: nn.Module = nn.Identity()
         if prompt_dim:
-            nn.init.kaiming_normal_(self.project.weight, mode="fan_out")
-            nn.init.zeros_(self.project.bias)
+            project = nn.Linear(prompt_dim, embed_dim)
+            nn.init.kaiming_normal_(project.weight, mode="fan_out")
+            nn.init.zeros_(project.bias)
+            self.project = project
         self.dropout = dropout
 
     def forward(self, layer: int, batch: int) -> Tensor:
@@ -57,8 +69,17 @@ class KeyValuePrompts(nn.Module):
     They enter after the projections (and key norm) and carry no bias and no position.
     """
 
-    def __init__(self, num_layers: int, num_prompts: int, num_heads: int, head_dim: int, *,
-                 share: bool = True, init: KVInit = "kaiming", patch_size: int = 16) -> None:  # fmt: skip
+    def __init__(
+        self,
+        num_layers: int,
+        num_prompts: int,
+        num_heads: int,
+        head_dim: int,
+        *,
+        share: bool = True,
+        init: KVInit = "kaiming",
+        patch_size: int = 16,
+    ) -> None:
         """Initialise every layer on its own.
 
         Args:
@@ -74,7 +95,9 @@ class KeyValuePrompts(nn.Module):
         super().__init__()
         shape = (num_layers, num_heads, num_prompts, head_dim)
         self.key = nn.Parameter(_init_rows(torch.empty(shape), init, patch_size))
-        self.value = None if share else nn.Parameter(_init_rows(torch.empty(shape), init, patch_size))
+        self.value = (
+            None if share else nn.Parameter(_init_rows(torch.empty(shape), init, patch_size))
+        )
 
     @property
     def num_layers(self) -> int:

@@ -20,8 +20,9 @@ PAPER = TrainConfig(
     about="any image folder, CSV or packed set (--data.source) on ViT-B/16 IN-21k; a GPU is wise",
     model=ModelConfig(backbone="vit_base_patch16_224.augreg_in21k", parity_head=True),
     data=DataConfig(source="images", normalize="imagenet", batch_size=64, num_workers=2),
-    optim=OptimConfig(optimizer="sgd", lr=5.0, scale_lr=True, weight_decay=1e-3, epochs=100,
-                      warmup_epochs=10),  # fmt: skip
+    optim=OptimConfig(
+        optimizer="sgd", lr=5.0, scale_lr=True, weight_decay=1e-3, epochs=100, warmup_epochs=10
+    ),
     run=RunConfig(precision="bf16-mixed"),
 )
 

@@ -9,11 +9,6 @@ from typing import Any
 
 import torch
 from lightning.fabric import Fabric
-from shared_utils import checkpoint
-from shared_utils.config import save_json, to_dict
-from shared_utils.errors import InputError, Interrupted
-from shared_utils.run_log import RunLog, open_run, plot_curves, write_result
-from shared_utils.seeding import seed_all
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -24,6 +19,11 @@ from e2vpt.data import DataSplits, build_loader, load_data
 from e2vpt.evaluate import evaluate, predict_set
 from e2vpt.model import PromptedModel, PromptSpec, load_tuned_state, parameter_report, tuned_state
 from e2vpt.optim import build_optimizer, lr_at, set_lr
+from shared_utils import checkpoint
+from shared_utils.config import save_json, to_dict
+from shared_utils.errors import InputError, Interrupted
+from shared_utils.run_log import RunLog, open_run, plot_curves, write_result
+from shared_utils.seeding import seed_all
 
 CURVES = {"loss": ["loss_ce"], "accuracy": ["val_top1", "val_top5"], "learning rate": ["lr"]}
 
@@ -64,14 +64,28 @@ def train(cfg: TrainConfig) -> Path:
     fabric.launch()
     seed_all(cfg.run.seed)
     size = cfg.data.img_size
-    backbone = load_backbone(cfg.model.backbone, cfg.model.architecture, img_size=(size, size) if size else None)
-    splits = load_data(cfg.data, img_size=backbone.img_size, mean=backbone.mean, std=backbone.std, seed=cfg.run.seed)
+    backbone = load_backbone(
+        cfg.model.backbone, cfg.model.architecture, img_size=(size, size) if size else None
+    )
+    splits = load_data(
+        cfg.data,
+        img_size=backbone.img_size,
+        mean=backbone.mean,
+        std=backbone.std,
+        seed=cfg.run.seed,
+    )
     network = PromptedModel(backbone.module, build_spec(cfg.model, splits.num_classes))
 
     folder = None
     if fabric.is_global_zero:
-        folder = open_run("e2vpt", cfg.recipe, runs_dir=cfg.run.runs_dir, name=cfg.run.name,
-                          resume=cfg.run.resume, overwrite=cfg.run.overwrite)  # fmt: skip
+        folder = open_run(
+            "e2vpt",
+            cfg.recipe,
+            runs_dir=cfg.run.runs_dir,
+            name=cfg.run.name,
+            resume=cfg.run.resume,
+            overwrite=cfg.run.overwrite,
+        )
         save_json(cfg, folder / "config.json")
     folder = Path(fabric.broadcast(str(folder)))
     return _Training(cfg, fabric, folder, backbone, splits, network).run()
@@ -80,19 +94,34 @@ def train(cfg: TrainConfig) -> Path:
 class _Training:
     """The state of one run; `run` is the whole of it in order."""
 
-    def __init__(self, cfg: TrainConfig, fabric: Fabric, folder: Path, backbone: Backbone,
-                 splits: DataSplits, network: PromptedModel) -> None:  # fmt: skip
+    def __init__(
+        self,
+        cfg: TrainConfig,
+        fabric: Fabric,
+        folder: Path,
+        backbone: Backbone,
+        splits: DataSplits,
+        network: PromptedModel,
+    ) -> None:
         self.cfg, self.fabric, self.folder = cfg, fabric, folder
         self.backbone, self.splits, self.network = backbone, splits, network
         scale = cfg.data.batch_size * fabric.world_size / 256 if cfg.optim.scale_lr else 1.0
         self.peak_lr = cfg.optim.lr * scale
-        optimizer = build_optimizer(cfg.optim.optimizer, network.named_parameters(), lr=self.peak_lr,
-                                    weight_decay=cfg.optim.weight_decay)  # fmt: skip
+        optimizer = build_optimizer(
+            cfg.optim.optimizer,
+            network.named_parameters(),
+            lr=self.peak_lr,
+            weight_decay=cfg.optim.weight_decay,
+        )
         self.model, self.optimizer = fabric.setup(network, optimizer)
         self.loader = build_loader(
-            splits.train, cfg.data, train=True, rank=fabric.global_rank, world_size=fabric.world_size,
+            splits.train,
+            cfg.data,
+            train=True,
+            rank=fabric.global_rank,
+            world_size=fabric.world_size,
             pin_memory=fabric.device.type == "cuda",
-        )  # fmt: skip
+        )
         self.epoch = self.step = 0
         self.best = -1.0
         self.report = parameter_report(network)
@@ -101,14 +130,20 @@ class _Training:
         """Train, evaluate, write."""
         cfg, fabric = self.cfg, self.fabric
         warning = self._resume() if cfg.run.resume else ""
-        log = RunLog(self.folder, is_writer=fabric.is_global_zero, resume_step=self.step if cfg.run.resume else -1)
+        log = RunLog(
+            self.folder,
+            is_writer=fabric.is_global_zero,
+            resume_step=self.step if cfg.run.resume else -1,
+        )
         if warning:
             log.say(f"warning: {warning}")
         for path in self.splits.skipped:
             log.say(f"left out, unreadable: {path}")
         percent = f"{self.report['percent']:.2f} %"
-        log.say(f"{cfg.model.method} on {self.backbone.name}: {self.report['tuned']:,} of "
-                f"{self.report['total']:,} parameters train ({percent}); run folder {self.folder}")  # fmt: skip
+        log.say(
+            f"{cfg.model.method} on {self.backbone.name}: {self.report['tuned']:,} of "
+            f"{self.report['total']:,} parameters train ({percent}); run folder {self.folder}"
+        )
         # Every process starts from one seed, so that all build the same prompts; from here on
         # their dropout must differ.
         if not cfg.run.resume:
@@ -125,8 +160,12 @@ class _Training:
                     seen += images
                     self.epoch = epoch + 1
                     scores = self._evaluate(self.splits.val, "val")
-                    values = {"loss_ce": mean_loss, "lr": self.optimizer.param_groups[0]["lr"], **scores,
-                              "images_per_second": images / (time.perf_counter() - begun)}  # fmt: skip
+                    values = {
+                        "loss_ce": mean_loss,
+                        "lr": self.optimizer.param_groups[0]["lr"],
+                        **scores,
+                        "images_per_second": images / (time.perf_counter() - begun),
+                    }
                     log.log(self.step, self.epoch, values)
                     self._save(log, scores.get("val_top1"))
             if cfg.run.resume and not scores:
@@ -146,15 +185,23 @@ class _Training:
         self.splits.train.set_epoch(epoch)
         total, images = 0.0, 0
         for batch, labels in self.loader:
-            lr = lr_at(self.step, schedule=cfg.schedule, peak=self.peak_lr, steps_per_epoch=len(self.loader),
-                       epochs=cfg.epochs, warmup_epochs=cfg.warmup_epochs)  # fmt: skip
+            lr = lr_at(
+                self.step,
+                schedule=cfg.schedule,
+                peak=self.peak_lr,
+                steps_per_epoch=len(self.loader),
+                epochs=cfg.epochs,
+                warmup_epochs=cfg.warmup_epochs,
+            )
             set_lr(self.optimizer, lr)
             loss = self._step(batch, labels)
             self.step += 1
             total += loss * len(labels)
             images += len(labels)
             bar.tick(f"epoch {epoch + 1}/{cfg.epochs} loss {loss:.3f}")
-        sums = self.fabric.all_reduce(torch.tensor([total, float(images)], device=self.fabric.device), reduce_op="sum")
+        sums = self.fabric.all_reduce(
+            torch.tensor([total, float(images)], device=self.fabric.device), reduce_op="sum"
+        )
         return float(sums[0] / sums[1]), int(sums[1])
 
     def _step(self, images: Tensor, labels: Tensor) -> float:
@@ -163,8 +210,12 @@ class _Training:
         loss = F.cross_entropy(logits.float(), labels.to(self.fabric.device, non_blocking=True))
         value = float(loss.detach())
         if not math.isfinite(value):
-            raise InputError("loss_ce", f"{value} at step {self.step}", "a finite loss",
-                             f"lower optim.lr and go on from {self.folder / 'last.ckpt'} with --resume")  # fmt: skip
+            raise InputError(
+                "loss_ce",
+                f"{value} at step {self.step}",
+                "a finite loss",
+                f"lower optim.lr and go on from {self.folder / 'last.ckpt'} with --resume",
+            )
         self.optimizer.zero_grad()
         self.fabric.backward(loss)
         self.optimizer.step()
@@ -182,10 +233,15 @@ class _Training:
         if is_best and score is not None:
             self.best = score
         state = {
-            "model": tuned_state(self.network), "optimizer": self.optimizer.state_dict(),
-            "rng": self._rng_of_all(), "epoch": self.epoch, "step": self.step, "best": self.best,
-            "backbone": self.backbone.sha256, "config": to_dict(self.cfg),
-        }  # fmt: skip
+            "model": tuned_state(self.network),
+            "optimizer": self.optimizer.state_dict(),
+            "rng": self._rng_of_all(),
+            "epoch": self.epoch,
+            "step": self.step,
+            "best": self.best,
+            "backbone": self.backbone.sha256,
+            "config": to_dict(self.cfg),
+        }
         if self.fabric.is_global_zero:
             checkpoint.save(state, self.folder / "last.ckpt")
             if is_best:
@@ -205,37 +261,63 @@ class _Training:
         path = self.folder / "last.ckpt"
         state, warning = checkpoint.load_last(path)
         if state["backbone"] != self.backbone.sha256:
-            raise InputError("model.backbone", f"weights {self.backbone.sha256[:12]}",
-                             f"{state['backbone'][:12]}, those the run began with", "use the same file")  # fmt: skip
+            raise InputError(
+                "model.backbone",
+                f"weights {self.backbone.sha256[:12]}",
+                f"{state['backbone'][:12]}, those the run began with",
+                "use the same file",
+            )
         load_tuned_state(self.network, state["model"], str(path))
         self.optimizer.load_state_dict(state["optimizer"])
         if len(state["rng"]) == self.fabric.world_size:
             checkpoint.set_rng_state(state["rng"][self.fabric.global_rank])
         else:
             seed_all(self.cfg.run.seed + self.fabric.global_rank + 1000 * state["epoch"])
-            warning += f" resumed with {self.fabric.world_size} processes instead of {len(state['rng'])}: random numbers differ"
+            warning += (
+                f" resumed with {self.fabric.world_size} processes instead of {len(state['rng'])}:"
+                " random numbers differ"
+            )
         self.epoch, self.step, self.best = state["epoch"], state["step"], state["best"]
         return warning
 
     def _write(self, scores: dict[str, float], images_per_second: float) -> None:
         """Deployable weights, pictures, and last of all result.json."""
         cfg, splits = self.cfg, self.splits
-        model_io.save(self.network, self.folder, backbone=self.backbone,
-                      class_names=splits.class_names, preprocessing=splits.preprocessing)  # fmt: skip
+        model_io.save(
+            self.network,
+            self.folder,
+            backbone=self.backbone,
+            class_names=splits.class_names,
+            preprocessing=splits.preprocessing,
+        )
         plot_curves(self.folder, CURVES)
         shown = splits.test or splits.val
         if shown is not None:
             logits, labels = predict_set(self.fabric, self.network, shown, cfg.data)
             pictures.confusion(logits, labels, splits.class_names, self.folder / "confusion.png")
             pictures.predictions(shown, logits, splits.class_names, self.folder / "predictions.png")
-        write_result(self.folder, {
-            "project": "e2vpt", "name": self.folder.name, "recipe": cfg.recipe, "method": cfg.model.method,
-            "seed": cfg.run.seed, "metrics": scores,
-            "parameters": {key: self.report[key] for key in ("tuned", "total", "percent")},
-            "backbone": {"name": self.backbone.name, "weights": self.backbone.weights, "sha256": self.backbone.sha256},
-            "normalize": cfg.data.normalize, "data": splits.summary(), "epochs": cfg.optim.epochs,
-            "images_per_second": images_per_second, **run_facts(self.fabric),
-        })  # fmt: skip
+        write_result(
+            self.folder,
+            {
+                "project": "e2vpt",
+                "name": self.folder.name,
+                "recipe": cfg.recipe,
+                "method": cfg.model.method,
+                "seed": cfg.run.seed,
+                "metrics": scores,
+                "parameters": {key: self.report[key] for key in ("tuned", "total", "percent")},
+                "backbone": {
+                    "name": self.backbone.name,
+                    "weights": self.backbone.weights,
+                    "sha256": self.backbone.sha256,
+                },
+                "normalize": cfg.data.normalize,
+                "data": splits.summary(),
+                "epochs": cfg.optim.epochs,
+                "images_per_second": images_per_second,
+                **run_facts(self.fabric),
+            },
+        )
 
 
 @contextmanager

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from shared_utils.errors import InputError
 from timm.layers import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from e2vpt.prompts import KeyValuePrompts, VisualPrompts
+from shared_utils.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -40,19 +40,35 @@ def check_supported(backbone: nn.Module) -> Geometry:
     Raises: InputError naming the class of model, block or attention that is not known.
     """
     if type(backbone) is not VisionTransformer:
-        raise InputError("backbone", f"class {_class_name(backbone)}", "a plain timm VisionTransformer",
-                         "choose another model")  # fmt: skip
+        raise InputError(
+            "backbone",
+            f"class {_class_name(backbone)}",
+            "a plain timm VisionTransformer",
+            "choose another model",
+        )
     if backbone.global_pool in ("", "prr"):
-        raise InputError("backbone", f"global_pool '{backbone.global_pool}'", "token, avg, avgmax, max or map",
-                         "build it with one of these")  # fmt: skip
+        raise InputError(
+            "backbone",
+            f"global_pool '{backbone.global_pool}'",
+            "token, avg, avgmax, max or map",
+            "build it with one of these",
+        )
     blocks: Any = backbone.blocks
     for i, block in enumerate(blocks):
         if type(block) is not Block:
-            raise InputError("backbone", f"block class {_class_name(block)} in layer {i}", "timm's Block",
-                             "choose another model")  # fmt: skip
+            raise InputError(
+                "backbone",
+                f"block class {_class_name(block)} in layer {i}",
+                "timm's Block",
+                "choose another model",
+            )
         if type(block.attn) is not Attention:
-            raise InputError("backbone", f"attention class {_class_name(block.attn)} in layer {i}",
-                             "timm's Attention", "choose another model")  # fmt: skip
+            raise InputError(
+                "backbone",
+                f"attention class {_class_name(block.attn)} in layer {i}",
+                "timm's Attention",
+                "choose another model",
+            )
     attn = blocks[0].attn
     return Geometry(
         num_layers=len(blocks),
@@ -68,9 +84,15 @@ def _class_name(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
-def prompted_features(backbone: Any, images: Tensor, visual: VisualPrompts | None,
-                      kv: KeyValuePrompts | None, *, token_form: bool = False,
-                      pool_prompts: bool = False) -> Tensor:  # fmt: skip
+def prompted_features(
+    backbone: Any,
+    images: Tensor,
+    visual: VisualPrompts | None,
+    kv: KeyValuePrompts | None,
+    *,
+    token_form: bool = False,
+    pool_prompts: bool = False,
+) -> Tensor:
     """Run a backbone with prompts, up to its final norm.  Paper: Sec. 3.2, 3.3.
 
     Args:
@@ -105,8 +127,9 @@ def prompted_features(backbone: Any, images: Tensor, visual: VisualPrompts | Non
     return out
 
 
-def run_block(block: Any, x: Tensor, rows: Tensor | None, kv: tuple[Tensor, Tensor] | None,
-              num_out: int) -> Tensor:  # fmt: skip
+def run_block(
+    block: Any, x: Tensor, rows: Tensor | None, kv: tuple[Tensor, Tensor] | None, num_out: int
+) -> Tensor:
     """One pre-norm block whose attention also sees prompts.
 
     Args:
@@ -125,8 +148,9 @@ def run_block(block: Any, x: Tensor, rows: Tensor | None, kv: tuple[Tensor, Tens
     return out
 
 
-def attention(attn: Any, y: Tensor, rows: Tensor | None, kv: tuple[Tensor, Tensor] | None,
-              num_out: int) -> Tensor:  # fmt: skip
+def attention(
+    attn: Any, y: Tensor, rows: Tensor | None, kv: tuple[Tensor, Tensor] | None, num_out: int
+) -> Tensor:
     """Multi-head attention of the first `num_out` tokens over all tokens and prompts.
 
     softmax(Q [K; K_visual; K_kv]ᵀ / sqrt(d_h)) [V; V_visual; V_kv], the order of rows being
@@ -134,7 +158,8 @@ def attention(attn: Any, y: Tensor, rows: Tensor | None, kv: tuple[Tensor, Tenso
 
     Args:
         attn: timm `Attention`.
-        y: (B, N, D) after the norm; `rows` (1 or B, P, D) likewise.
+        y: (B, N, D) after the norm.
+        rows: (1 or B, P, D) visual prompts after the norm.
         kv: key-value prompts, each (H, n, d_h).
         num_out: number of query tokens.
 
@@ -149,7 +174,11 @@ def attention(attn: Any, y: Tensor, rows: Tensor | None, kv: tuple[Tensor, Tenso
         k, v = _project(attn.qkv, y, width, 3 * width).view(b, n, 2, heads, head_dim).unbind(2)
     keys, values = [attn.k_norm(k)], [v]
     if rows is not None:
-        k, v = _project(attn.qkv, rows, width, 3 * width).view(*rows.shape[:2], 2, heads, head_dim).unbind(2)
+        k, v = (
+            _project(attn.qkv, rows, width, 3 * width)
+            .view(*rows.shape[:2], 2, heads, head_dim)
+            .unbind(2)
+        )
         keys.append(attn.k_norm(k).expand(b, -1, -1, -1))
         values.append(v.expand(b, -1, -1, -1))
     if kv is not None:
@@ -171,10 +200,11 @@ def attention(attn: Any, y: Tensor, rows: Tensor | None, kv: tuple[Tensor, Tenso
     return mixed
 
 
-def _project(linear: nn.Module, x: Tensor, start: int, end: int) -> Tensor:
+def _project(linear: Any, x: Tensor, start: int, end: int) -> Tensor:
     """Output columns [start, end) of a linear layer, computed alone where it is a plain one."""
-    if type(linear) is nn.Linear:
-        bias = None if linear.bias is None else linear.bias[start:end]
-        return F.linear(x, linear.weight[start:end], bias)
-    out: Tensor = linear(x)[..., start:end]
-    return out
+    is_plain = type(linear) is nn.Linear  # and nothing that wraps or replaces one
+    if not is_plain:
+        out: Tensor = linear(x)[..., start:end]
+        return out
+    bias = None if linear.bias is None else linear.bias[start:end]
+    return F.linear(x, linear.weight[start:end], bias)

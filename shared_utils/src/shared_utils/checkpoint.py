@@ -1,35 +1,45 @@
 """Training checkpoints that survive a kill, a full disk and a hostile file.
 
-A save writes a temporary file, flushes it to the disk, renames it and flushes the folder. The file
-before it stays beside it as `<name>.prev`, so there is a good one at every moment.
+A checkpoint is written whole or not at all, and the one before it stays beside it as
+`<name>.prev`, so there is a good one at every moment.
 """
 
-import contextlib
-import errno
-import os
 import pickle
 import random
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import safetensors
 import torch
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
+from torch.serialization import get_unsafe_globals_in_checkpoint
 
+from shared_utils.atomic import previous, replacing
+from shared_utils.atomic import write_text as write_text
 from shared_utils.errors import InputError, MissingFileError
+
+# What zipfile and torch raise on a file in which bytes were changed; RuntimeError and ValueError
+# also in subclasses, e.g. NotImplementedError for an unknown zip version.
+DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, ValueError)
+FOLDER_BIT = 0x10  # of a zip entry; torch leaves the memory of such an entry unset, without a word
 
 
 def save(state: Mapping[str, Any], path: Path) -> None:
     """Save plain data and tensors so that they open with `torch.load(weights_only=True)`.
 
-    Raises: InputError where the disk is full; what was saved before stays as it was.
+    Raises: InputError where the disk is full; TypeError where `state` holds other objects, e.g. a
+        NumPy number. What was saved before then stays as it was.
     """
-    with _replacing(path, keep_previous=True) as temporary:
-        torch.save(dict(state), temporary)
+    with replacing(path, keep_previous=True) as file:
+        torch.save(dict(state), file)
+        file.flush()
+        if others := get_unsafe_globals_in_checkpoint(file.name):
+            raise TypeError(f"state: got {others}, expected tensors and plain data; convert them")
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -42,19 +52,19 @@ def load(path: Path) -> dict[str, Any]:
         raise MissingFileError(str(path), "no such file", "a checkpoint", "check the path")
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except (zipfile.BadZipFile, EOFError, OSError) as error:
-        raise _damaged(path, f"a file cut off or damaged ({error})") from error
-    if damaged is not None:
-        raise _damaged(path, f"a damaged file (checksum of {damaged})")
-    try:
-        return cast(dict[str, Any], torch.load(path, map_location="cpu", weights_only=True))
+            bad = [i.filename for i in archive.infolist() if i.external_attr & FOLDER_BIT]
+            if damaged := archive.testzip() or ", ".join(bad):
+                raise zipfile.BadZipFile(f"checksum or header of {damaged}")
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise InputError(str(path), "a file with objects other than tensors and plain data",
-                         "a checkpoint that opens weights-only",
-                         "do not open it; export its state dict where it came from") from error  # fmt: skip
-    except (RuntimeError, EOFError) as error:
-        raise _damaged(path, f"a damaged file ({error})") from error
+        got = "a file with objects other than tensors and plain data"
+        do = "do not open it; export its state dict where it came from"
+        raise InputError(str(path), got, "a checkpoint that opens weights-only", do) from error
+    except DAMAGE as error:
+        raise _damaged(path, error) from error
+    if not isinstance(state, dict):
+        raise InputError(str(path), f"a {type(state).__name__}", "a dictionary", "check the path")
+    return state
 
 
 def load_last(path: Path) -> tuple[dict[str, Any], str]:
@@ -65,20 +75,21 @@ def load_last(path: Path) -> tuple[dict[str, Any], str]:
     try:
         return load(path), ""
     except InputError as error:
-        previous = _previous(path)
-        if not previous.is_file():
-            raise
-        return load(previous), f"{error}; going on from {previous.name}"
+        try:
+            state = load(previous(path))
+        except InputError:
+            raise error from None
+        return state, f"{str(error).partition(', expected')[0]}; going on from {previous(path)}"
 
 
 def save_weights(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
-    """Save deployable weights as safetensors, atomically. Tensors may share memory.
+    """Save deployable weights as safetensors, whole or not at all. Tensors may share memory.
 
     Raises: InputError where the disk is full; a file already there stays as it was.
     """
     own = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
-    with _replacing(path) as temporary:
-        temporary.write_bytes(safetensors_bytes(own, dict(metadata)))
+    with replacing(path) as file:
+        file.write(safetensors_bytes(own, dict(metadata)))
 
 
 def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -92,13 +103,12 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safetensors.safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except safetensors.SafetensorError as error:
-        raise _damaged(path, f"a damaged file ({error})") from error
+        raise _damaged(path, error) from error
 
 
-def write_text(text: str, path: Path) -> None:
-    """Write a text file atomically. Raises: InputError where the disk is full."""
-    with _replacing(path) as temporary:
-        temporary.write_text(text)
+def _damaged(path: Path, error: Exception) -> InputError:
+    do = "restore it or start a new run"
+    return InputError(str(path), f"a file cut off or damaged ({error})", "a complete file", do)
 
 
 def rng_state(loader: torch.Generator | None = None) -> dict[str, Any]:
@@ -125,55 +135,3 @@ def set_rng_state(state: Mapping[str, Any], loader: torch.Generator | None = Non
             torch.cuda.set_rng_state(cuda_state, device)
     if loader is not None and state["loader"] is not None:
         loader.set_state(state["loader"])
-
-
-def _previous(path: Path) -> Path:
-    return path.with_name(path.name + ".prev")
-
-
-def _damaged(path: Path, got: str) -> InputError:
-    return InputError(str(path), got, "a complete file", "restore it or start a new run")
-
-
-@contextlib.contextmanager
-def _replacing(path: Path, keep_previous: bool = False) -> Any:
-    """Yield a temporary path; when the body is done it is on the disk under `path`, or nothing is."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        if keep_previous and path.is_file():
-            link = path.with_name(f".{path.name}.{os.getpid()}.prev")
-            link.unlink(missing_ok=True)
-            try:
-                os.link(path, link)
-            except OSError:  # a file system without hard links: the rename below leaves a gap
-                os.replace(path, link)
-            os.replace(link, _previous(path))
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-        if _is_disk_full(error):
-            raise InputError(str(path), "a full disk", "room to save",
-                             "free some space and go on with --resume") from error  # fmt: skip
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _is_disk_full(error: BaseException) -> bool:
-    """torch.save reports a full disk as a RuntimeError of its zip writer; look at what caused it."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if isinstance(seen, RuntimeError) and ("PytorchStreamWriter failed" in str(seen)
-                                               or "unexpected pos" in str(seen)):  # fmt: skip
-            return True
-        seen = seen.__cause__ or seen.__context__
-    return False
