@@ -6,13 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+
 from e2vpt.micro_vit import build_micro_vit
 from e2vpt.model import PromptedModel, PromptSpec
 from e2vpt.optim import COOLDOWN_SHARE, Schedule, build_optimizer, lr_at, set_lr
 from shared_utils.errors import InputError
-from torch import nn
-
-BASE, BATCH = 10, 64
 
 
 def rates(schedule: Schedule, *, peak: float = 1.0, steps_per_epoch: int = 7, epochs: int = 20,
@@ -30,13 +29,22 @@ def rates(schedule: Schedule, *, peak: float = 1.0, steps_per_epoch: int = 7, ep
 
 @pytest.mark.parametrize(
     ("epoch", "expected"),
-    [(0, 0.0), (1, 0.25), (9, 2.25), (10, 2.5), (55, 1.25), (99, 2.5 * 0.5 * (1 + math.cos(math.pi * 89 / 90)))],
+    [
+        (0, 0.0),
+        (1, 0.25),
+        (9, 2.25),
+        (10, 2.5),
+        (55, 1.25),
+        (99, 2.5 * 0.5 * (1 + math.cos(math.pi * 89 / 90))),
+    ],
 )
 def test_per_epoch_schedule_is_the_papers(epoch: int, expected: float) -> None:
     """Base rate 10 at batch 64: peak 10 * 64 / 256 = 2.5; 100 epochs, 10 of them warm-up."""
     for step in (epoch * 13, epoch * 13 + 6, epoch * 13 + 12):  # constant within an epoch
-        got = lr_at(step, schedule="per-epoch", peak=BASE * BATCH / 256, steps_per_epoch=13, epochs=100,
-                    warmup_epochs=10)  # fmt: skip
+        got = lr_at(
+            step, schedule="per-epoch", peak=10 * 64 / 256, steps_per_epoch=13, epochs=100,
+            warmup_epochs=10,
+        )  # fmt: skip
         assert got == pytest.approx(expected, abs=1e-12)
 
 
@@ -110,7 +118,9 @@ def test_a_longer_trapezoid_goes_on_where_a_shorter_one_had_not_descended() -> N
 
 def small_model(**spec: Any) -> PromptedModel:
     vit = build_micro_vit(num_classes=3, embed_dim=16, depth=2, num_heads=2)
-    return PromptedModel(vit, PromptSpec(num_classes=3, num_visual_prompts=2, num_kv_prompts=2, **spec))
+    return PromptedModel(
+        vit, PromptSpec(num_classes=3, num_visual_prompts=2, num_kv_prompts=2, **spec)
+    )
 
 
 def decay_of(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, float]:
@@ -134,7 +144,9 @@ def test_decay_is_for_prompts_and_weights_not_for_biases(name: Any) -> None:
 
 def test_norms_and_biases_of_a_backbone_that_trains_are_not_decayed() -> None:
     model = small_model(backbone_trains="full")
-    decays = decay_of(build_optimizer("adamw", model.named_parameters(), lr=0.1, weight_decay=0.3), model)
+    decays = decay_of(
+        build_optimizer("adamw", model.named_parameters(), lr=0.1, weight_decay=0.3), model
+    )
     assert decays.keys() == dict(model.named_parameters()).keys()
     for name, parameter in model.named_parameters():
         is_plain = name.endswith("bias") or "norm" in name or parameter.ndim < 2

@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
+
 from e2vpt.prompts import KeyValuePrompts, VisualPrompts
 from shared_utils.errors import InputError
-from torch import Tensor
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +34,9 @@ def assert_uniform(values: Tensor, bound: float) -> None:
     ("embed_dim", "patch_size", "bound"),
     [(768, 16, 0.0625), (1024, 16, 0.05786), (384, 16, 0.07217), (128, 4, 0.18464)],
 )  # fmt: skip
-def test_visual_prompts_start_within_the_papers_bound(embed_dim: int, patch_size: int, bound: float) -> None:
+def test_visual_prompts_start_within_the_papers_bound(
+    embed_dim: int, patch_size: int, bound: float
+) -> None:
     prompts = VisualPrompts(12, 50, embed_dim, patch_size=patch_size)
     assert prompts.weight.shape == (12, 50, embed_dim)
     assert math.sqrt(6 / (3 * patch_size**2 + embed_dim)) == pytest.approx(bound, abs=5e-6)
@@ -85,7 +88,11 @@ def test_gradients_pass_dropout_to_the_kept_values_only() -> None:
 def test_projection_is_one_linear_map_for_all_layers() -> None:
     prompts = VisualPrompts(3, 5, 64, patch_size=4, prompt_dim=256).eval()
     assert prompts.weight.shape == (3, 5, 256)
-    assert [n for n, _ in prompts.named_parameters()] == ["weight", "project.weight", "project.bias"]
+    assert [n for n, _ in prompts.named_parameters()] == [
+        "weight",
+        "project.weight",
+        "project.bias",
+    ]
     assert prompts.project.weight.shape == (64, 256)
     for layer in range(3):
         expected = prompts.weight[layer] @ prompts.project.weight.T + prompts.project.bias
@@ -109,7 +116,9 @@ def test_projection_is_one_linear_map_for_all_layers() -> None:
         (1, 32, 0.43301), (5, 32, 0.19365), (10, 32, 0.13693),  # Swin-B
     ],
 )  # fmt: skip
-def test_kaiming_bound_shrinks_with_the_number_of_rows(count: int, head_dim: int, bound: float) -> None:
+def test_kaiming_bound_shrinks_with_the_number_of_rows(
+    count: int, head_dim: int, bound: float
+) -> None:
     prompts = KeyValuePrompts(120, count, 12, head_dim, share=False)
     assert math.sqrt(6 / (count * head_dim)) == pytest.approx(bound, abs=5e-6)
     for rows in (prompts.key, prompts.value):
@@ -125,7 +134,9 @@ def test_patch_bound_does_not_depend_on_the_rows(count: int) -> None:
 
 
 def test_patch_bound_goes_by_the_patch_size() -> None:
-    assert_uniform(KeyValuePrompts(100, 2, 6, 64, init="patch", patch_size=4).key, math.sqrt(6 / (3 * 16 + 16)))
+    assert_uniform(
+        KeyValuePrompts(100, 2, 6, 64, init="patch", patch_size=4).key, math.sqrt(6 / (3 * 16 + 16))
+    )
 
 
 @pytest.mark.parametrize("count", [1, 10])
@@ -136,7 +147,10 @@ def test_trunc_normal_has_std_002(count: int) -> None:
 
 
 def test_unknown_init_is_refused() -> None:
-    with pytest.raises(InputError, match=r"^kv_init: got 'he', expected kaiming, trunc-normal or patch; correct it$"):
+    with pytest.raises(
+        InputError,
+        match=r"^kv_init: got 'he', expected kaiming, trunc-normal or patch; correct it$",
+    ):
         KeyValuePrompts(1, 1, 1, 4, init="he")  # type: ignore[arg-type]
 
 

@@ -5,11 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from e2vpt.micro_vit import build_micro_vit
-from e2vpt.model import PromptedModel, PromptSpec, with_token_form
-from e2vpt.prompts import KeyValuePrompts
-from e2vpt.vit import attention, check_supported, prompted_features
-from shared_utils.errors import InputError
 from timm.layers import Attention, Mlp, SwiGLU
 from timm.models import create_model
 from timm.models.vision_transformer import (
@@ -19,6 +14,12 @@ from timm.models.vision_transformer import (
 )
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from e2vpt.micro_vit import build_micro_vit
+from e2vpt.model import PromptedModel, PromptSpec, with_token_form
+from e2vpt.prompts import KeyValuePrompts
+from e2vpt.vit import attention, check_supported, prompted_features
+from shared_utils.errors import InputError
 
 WIDTH, HEADS = 24, 3
 
@@ -58,7 +59,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "no_qkv_bias": {"qkv_bias": False},
     "no_proj_bias": {"proj_bias": False},
     "gated": {"attn": {"gated": True, "qkv_bias": True}},
-    "wide_heads": {"attn": {"gated": True, "attn_head_dim": 12, "qk_norm": True, "norm_layer": nn.LayerNorm}},
+    "wide_heads": {
+        "attn": {"gated": True, "attn_head_dim": 12, "qk_norm": True, "norm_layer": nn.LayerNorm},
+    },
     "dynamic_img_size": {"dynamic_img_size": True, "img": 48},
     "micro_vit": {"micro": True},
 }  # fmt: skip
@@ -73,7 +76,8 @@ SPECS: dict[str, dict[str, Any]] = {
     "both_shallow": {"num_visual_prompts": 3, "num_kv_prompts": 2, "deep": False},
     "both_kv_first_layer": {"num_visual_prompts": 3, "num_kv_prompts": 2, "kv_deep": False},
     "both_all_first_layer": {
-        "num_visual_prompts": 3, "num_kv_prompts": 2, "kv_deep": False, "deep": False, "share_kv": False,
+        "num_visual_prompts": 3, "num_kv_prompts": 2, "kv_deep": False, "deep": False,
+        "share_kv": False,
     },
 }  # fmt: skip
 
@@ -87,8 +91,8 @@ def build(family: str = "class_token", depth: int = 3, **overrides: Any) -> Visi
     if options.pop("micro", False):
         vit = build_micro_vit(num_classes=5, embed_dim=WIDTH, depth=depth, num_heads=HEADS)
     else:
-        vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=WIDTH, num_heads=HEADS, depth=depth,
-                                mlp_ratio=2, num_classes=5, **options)  # fmt: skip
+        sizes = {"img_size": 32, "patch_size": 8, "embed_dim": WIDTH, "num_heads": HEADS}
+        vit = VisionTransformer(**sizes, depth=depth, mlp_ratio=2, num_classes=5, **options)
     if attn is not None:
         for block in vit.blocks:
             block.attn = Attention(WIDTH, HEADS, **attn)
@@ -124,7 +128,9 @@ def prompted(vit: nn.Module, **spec: Any) -> PromptedModel:
 # --- the naive reference -------------------------------------------------------------------------
 
 
-def naive_attention(attn: Any, y: Tensor, key_rows: Tensor | None, value_rows: Tensor | None) -> Tensor:
+def naive_attention(
+    attn: Any, y: Tensor, key_rows: Tensor | None, value_rows: Tensor | None
+) -> Tensor:
     """softmax(Q_h [P_K; K_h]ᵀ / sqrt(d_h)) [P_V; V_h], one sample and head at a time."""
     w_q, w_k, w_v = attn.qkv.weight.chunk(3)
     b_q, b_k, b_v = (0, 0, 0) if attn.qkv.bias is None else attn.qkv.bias.chunk(3)
@@ -147,7 +153,9 @@ def naive_attention(attn: Any, y: Tensor, key_rows: Tensor | None, value_rows: T
     return torch.stack(outputs)
 
 
-def naive_features(vit: Any, images: Tensor, model: PromptedModel, pool_prompts: bool = False) -> Tensor:
+def naive_features(
+    vit: Any, images: Tensor, model: PromptedModel, pool_prompts: bool = False
+) -> Tensor:
     """Z^i = L_i(P^i, Z^{i-1}): prompts are tokens behind the prefix, run through every block."""
     spec = model.spec
     count = spec.num_visual_prompts
@@ -211,7 +219,9 @@ def test_shallow_backbones_equal_the_naive_reference(family: str, deep: bool, de
 
 
 @pytest.mark.parametrize("deep", [True, False])
-@pytest.mark.parametrize("family", ["avg_without_class_token", "registers_avg", "map_with_class_token", "max"])
+@pytest.mark.parametrize(
+    "family", ["avg_without_class_token", "registers_avg", "map_with_class_token", "max"]
+)
 @torch.no_grad()
 def test_pool_prompts_pools_the_last_layers_prompts_too(family: str, deep: bool) -> None:
     vit, x = build(family), images_for(family)
@@ -234,7 +244,9 @@ def test_pool_prompts_mean_counts_patches_and_prompts_alike() -> None:
     assert largest_gap(tokens[:, 3:], patches) < 1e-12
 
 
-@pytest.mark.parametrize("family", ["class_token", "avg_with_class_token", "qk_norm", "map_without_class_token"])
+@pytest.mark.parametrize(
+    "family", ["class_token", "avg_with_class_token", "qk_norm", "map_without_class_token"]
+)
 def test_gradients_of_both_forms_equal_the_naive_reference(family: str) -> None:
     vit, x = build(family), images_for(family)
     model = prompted(vit, num_visual_prompts=3, num_kv_prompts=2, share_kv=False)
@@ -266,7 +278,10 @@ def test_features_do_not_depend_on_the_rest_of_the_batch(token_form: bool) -> No
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_without_prompts_features_are_the_backbones_own(family: str) -> None:
-    vit, x = build(family).requires_grad_(False), images_for(family)  # torch: frozen changes last bits
+    vit, x = (
+        build(family).requires_grad_(False),
+        images_for(family),
+    )  # torch: frozen changes last bits
     expected = vit.forward_head(vit.forward_features(x), pre_logits=True)
     for token_form in (False, True):
         model = prompted(vit, num_visual_prompts=0, num_kv_prompts=0, token_form=token_form)
@@ -294,7 +309,10 @@ def test_without_prompts_the_backbones_own_forward_is_called() -> None:
 def lengths_in_blocks(vit: Any, run: Callable[[], Any]) -> list[int]:
     """Tokens that each block's MLP sees."""
     seen: list[int] = []
-    hooks = [b.mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1])) for b in vit.blocks]
+    hooks = [
+        b.mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+        for b in vit.blocks
+    ]
     run()
     for hook in hooks:
         hook.remove()
@@ -304,7 +322,12 @@ def lengths_in_blocks(vit: Any, run: Callable[[], Any]) -> list[int]:
 @pytest.mark.parametrize(
     ("family", "spec", "token_form", "expected"),
     [
-        ("class_token", "both", False, [17, 17, 1]),  # prompts add no token; the last block does CLS only
+        (
+            "class_token",
+            "both",
+            False,
+            [17, 17, 1],
+        ),  # prompts add no token; the last block does CLS only
         ("class_token", "kv", True, [17, 17, 1]),
         ("class_token", "both", True, [20, 20, 1]),
         ("class_token", "both_shallow", False, [20, 20, 1]),
@@ -350,7 +373,9 @@ def test_deep_visual_prompts_fold_into_unshared_kv_rows(family: str) -> None:
         rows = block.norm1(model.visual.weight[i])
         for h in range(attn.num_heads):
             cols = slice(h * attn.head_dim, (h + 1) * attn.head_dim)
-            folded.key[i, h] = torch.cat([attn.k_norm((rows @ w_k.T + b_k)[:, cols]), model.kv.key[i, h]])
+            folded.key[i, h] = torch.cat(
+                [attn.k_norm((rows @ w_k.T + b_k)[:, cols]), model.kv.key[i, h]]
+            )
             folded.value[i, h] = torch.cat([(rows @ w_v.T + b_v)[:, cols], model.kv.key[i, h]])
     tokens = prompted_features(vit, x, None, folded)
     assert largest_gap(vit.forward_head(tokens, pre_logits=True), model.features(x)) < 1e-12
@@ -400,7 +425,9 @@ def set_fused(vit: Any, fused: bool) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-@pytest.mark.parametrize("family", ["class_token", "avg_without_class_token", "qk_norm", "wide_heads"])
+@pytest.mark.parametrize(
+    "family", ["class_token", "avg_without_class_token", "qk_norm", "wide_heads"]
+)
 @torch.no_grad()
 def test_fused_attention_equals_the_explicit_softmax(
     monkeypatch: pytest.MonkeyPatch, family: str, dtype: torch.dtype, limit: float
@@ -444,23 +471,34 @@ def test_attention_dropout_acts_where_the_backbone_trains(fused: bool) -> None:
 
 
 @pytest.mark.parametrize("token_form", [False, True])
-@pytest.mark.parametrize("family", ["class_token", "micro_vit", "qk_norm", "map_without_class_token"])
+@pytest.mark.parametrize(
+    "family", ["class_token", "micro_vit", "qk_norm", "map_without_class_token"]
+)
 def test_autocast_bf16_stays_near_float32(family: str, token_form: bool) -> None:
     vit, x = build(family).float(), images_for(family).float()
-    model = prompted(vit, num_visual_prompts=3, num_kv_prompts=2, token_form=token_form).float()
-    with torch.no_grad():
-        expected = model.features(x)
+    model = prompted(vit, num_visual_prompts=3, num_kv_prompts=2, share_kv=False)
+    with_token_form(model.float(), token_form)
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    probe = torch.randn(2, 5)
+
+    def run() -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        features, logits = model.features(x), model(x)
+        gradients = torch.autograd.grad((logits.float() * probe).sum(), trained.values())
+        assert all(g.dtype == torch.float32 for g in gradients)
+        outputs = torch.cat(
+            [features.detach().float().flatten(), logits.detach().float().flatten()]
+        )
+        return logits, outputs, dict(zip(trained, gradients, strict=True))
+
+    _, expected, expected_gradients = run()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        got, logits = model.features(x), model(x)
+        logits, got, gradients = run()
     assert logits.dtype == torch.bfloat16
     assert torch.isfinite(got).all()
-    assert ((got.float() - expected).norm() / expected.norm()).item() < 2e-2
-    logits.float().sum().backward()
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            assert parameter.grad is not None, name
-            assert parameter.grad.dtype == torch.float32
-            assert torch.isfinite(parameter.grad).all(), name
+    assert ((got - expected).norm() / expected.norm()).item() < 3e-2
+    for name, gradient in gradients.items():
+        error = (gradient - expected_gradients[name]).norm() / expected_gradients[name].norm()
+        assert error.item() < 0.1, name  # also false for nan
 
 
 def check_compiled(backend: str, token_form: bool) -> None:
@@ -522,22 +560,27 @@ def with_own_attention_in_layer_1() -> nn.Module:
 
 
 def tiny(**options: Any) -> VisionTransformer:
-    return VisionTransformer(img_size=32, patch_size=8, embed_dim=32, num_heads=2, depth=2, num_classes=5, **options)
+    return VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=32, num_heads=2, depth=2, num_classes=5, **options
+    )
 
 
 @pytest.mark.parametrize(
     ("make", "named"),
     [
-        (lambda: tiny(attn_layer="diff"), r"attention class timm\.layers\.\S+\.DiffAttention in layer 0"),
+        (lambda: tiny(attn_layer="diff"), r"attention class timm\.\S+\.DiffAttention in layer 0"),
         (with_own_attention_in_layer_1, r"attention class \S*\.OwnAttention in layer 1"),
         (lambda: tiny(block_fn=ResPostBlock), r"block class timm\.\S+\.ResPostBlock in layer 0"),
-        (lambda: tiny(block_fn=ParallelScalingBlock), r"block class timm\.\S+\.ParallelScalingBlock in layer 0"),
         (
-            lambda: create_model("deit_tiny_distilled_patch16_224", embed_dim=24, depth=1, num_heads=3),
+            lambda: tiny(block_fn=ParallelScalingBlock),
+            r"block class timm\.\S+\.ParallelScalingBlock in layer 0",
+        ),
+        (
+            lambda: create_model("deit_tiny_distilled_patch16_224", embed_dim=24, depth=1),
             r"class timm\.\S+\.VisionTransformerDistilled",
         ),
         (
-            lambda: create_model("eva02_tiny_patch14_224", embed_dim=24, depth=1, num_heads=3, img_size=28),
+            lambda: create_model("eva02_tiny_patch14_224", embed_dim=24, depth=1, img_size=28),
             r"class timm\.\S+\.Eva\b",
         ),
         (lambda: create_model("resnet10t"), r"class timm\.\S+\.ResNet\b"),

@@ -8,6 +8,7 @@ from typing import Literal
 
 import tyro
 
+from e2vpt.interrupts import stoppable
 from shared_utils.config import load_json, parse, parse_recipe
 from shared_utils.errors import InputError, near_miss, run_main
 
@@ -45,6 +46,11 @@ class PredictConfig:
     device: str = "cpu"
     """torch device, as cpu or cuda:0"""
 
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        if self.batch_size < 1:
+            raise InputError("batch_size", self.batch_size, "1 or more", "correct it")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
@@ -78,29 +84,30 @@ def _train(argv: Sequence[str]) -> None:
     )
     from e2vpt.train import train
 
-    train(cfg)
+    with stoppable():
+        train(cfg)
 
 
 def _pretrain(argv: Sequence[str]) -> None:
-    from e2vpt.pretrain import PRETRAIN_RECIPES, pretrain
+    from e2vpt.pretrain_config import PRETRAIN_RECIPES
 
     _, cfg = parse_recipe(
         PRETRAIN_RECIPES, argv, prog="e2vpt pretrain", about="Train the micro ViT from scratch."
     )
-    pretrain(cfg)
+    from e2vpt.pretrain import pretrain
+
+    with stoppable():
+        pretrain(cfg)
 
 
 def _evaluate(argv: Sequence[str]) -> None:
     cfg = parse(EvaluateConfig, argv, prog="e2vpt evaluate", about=EvaluateConfig.__doc__ or "")
-    from lightning.fabric import Fabric
-
     from e2vpt import model_io
-    from e2vpt.config import TrainConfig, devices_of
+    from e2vpt.config import TrainConfig, launch_fabric
     from e2vpt.data import load_data
     from e2vpt.evaluate import evaluate
     from e2vpt.model import load_tuned_state
     from shared_utils import checkpoint
-    from shared_utils.seeding import seed_all
 
     trained = load_json(TrainConfig, cfg.run / "config.json")
     model = model_io.load(cfg.run)
@@ -125,13 +132,11 @@ def _evaluate(argv: Sequence[str]) -> None:
         raise InputError(
             "split", f"'{cfg.split}', which {data.source} does not have", "another split", "name it"
         )
-    fabric = Fabric(
-        **devices_of(replace(trained.run, accelerator=cfg.accelerator, devices=1, num_nodes=1))
+    fabric = launch_fabric(
+        replace(trained.run, accelerator=cfg.accelerator, devices=1, num_nodes=1)
     )
-    fabric.launch()
-    seed_all(0)
-    network = fabric.setup(model)
-    for name, value in evaluate(fabric, network, images, data, splits.num_classes).items():
+    model.to(fabric.device)
+    for name, value in evaluate(fabric, model, images, data, splits.num_classes).items():
         print(f"{cfg.split}_{name} {value:.4f}")
 
 
@@ -157,6 +162,8 @@ def _export(argv: Sequence[str]) -> None:
     from e2vpt.export import export_onnx
 
     output = cfg.output or cfg.run / "model.onnx"
+    if output.is_dir():
+        raise InputError("output", f"the folder '{output}'", "a file", f"try {output}/model.onnx")
     difference = export_onnx(cfg.run, output)
     print(f"{output}: onnxruntime agrees with PyTorch to {difference:.1e} of the largest logit")
 

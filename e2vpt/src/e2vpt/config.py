@@ -10,6 +10,7 @@ import timm
 import torch
 import tyro
 from lightning.fabric import Fabric
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from e2vpt.optim import OptimizerName, Schedule
 from shared_utils.errors import InputError
@@ -41,6 +42,14 @@ class RunConfig:
     """machines"""
     precision: Precision = "bf16-mixed"
     """32-true, bf16-mixed (autocast) or 16-mixed (autocast with loss scaling)"""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        if not 0 <= self.seed < 2**32:
+            raise InputError("seed", self.seed, "0 to 4294967295", "correct it")
+        for name in ("devices", "num_nodes"):
+            if getattr(self, name) < 1:
+                raise InputError(name, getattr(self, name), "1 or more", "correct it")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,15 +185,27 @@ class TrainConfig:
     run: Annotated[RunConfig, tyro.conf.arg(name="")] = field(default_factory=RunConfig)
 
 
-def devices_of(run: RunConfig) -> dict[str, Any]:
-    """Keyword arguments for `Fabric`; under torchrun the process count is the launcher's."""
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", run.devices))
-    return {
-        "accelerator": run.accelerator,
-        "devices": processes,
-        "num_nodes": run.num_nodes,
-        "precision": run.precision,
-    }
+def launch_fabric(run: RunConfig) -> Fabric:
+    """Devices, precision and processes of a run; under torchrun their count is the launcher's.
+
+    Raises: InputError where this machine does not have them.
+    """
+    try:
+        fabric = Fabric(
+            accelerator=run.accelerator,
+            devices=int(os.environ.get("LOCAL_WORLD_SIZE", run.devices)),
+            num_nodes=run.num_nodes,
+            precision=run.precision,
+        )
+    except (RuntimeError, MisconfigurationException) as error:
+        raise InputError(
+            "accelerator and devices",
+            f"{run.accelerator} and {run.devices} ({str(error).rstrip('.!')})",
+            "what this machine has",
+            "leave them out",
+        ) from error
+    fabric.launch()
+    return fabric
 
 
 def run_facts(fabric: Fabric) -> dict[str, Any]:

@@ -9,23 +9,38 @@ from torch import Tensor, nn
 
 from e2vpt.config import DataConfig
 from e2vpt.data import ImageSet, build_loader
+from shared_utils.errors import InputError
 from shared_utils.metrics import classification_metrics
 
 
 def evaluate(
-    fabric: Fabric, model: nn.Module, images: ImageSet, cfg: DataConfig, num_classes: int
+    fabric: Fabric,
+    model: nn.Module,
+    images: ImageSet,
+    cfg: DataConfig,
+    num_classes: int,
+    *,
+    when: str = "",
+    remedy: str = "try --precision 32-true",
 ) -> dict[str, float]:
     """Top-1 and, from six classes on, top-5, in [0, 1]; each image counts once.
 
     Args:
         fabric: device, precision and processes.
-        model: maps (B, 3, H, W) to logits (B, num_classes); left in the mode it was in.
+        model: maps (B, 3, H, W) to logits (B, num_classes), on the device; no DDP wrapper, which
+            would wait for processes that have one batch less. Left in the mode it was in.
         images: the split; its augmentation is left out.
         cfg: batch size and loader processes.
         num_classes: C.
+        when: of what and when, for the error.
+        remedy: what the error tells the user to do.
+
+    Raises: InputError where a logit is NaN or infinite: its accuracy would mean nothing.
     """
     metrics = classification_metrics(num_classes).to(fabric.device)
     for logits, labels in _batches(fabric, model, images, cfg):
+        if not torch.isfinite(logits).all():
+            raise InputError("logits", f"nan or inf{when}", "finite ones", remedy)
         metrics.update(logits, labels)
     return {name: float(value) for name, value in metrics.compute().items()}
 

@@ -28,7 +28,9 @@ def export_onnx(folder: Path, output: Path) -> float:
     card = model_io.read_card(folder)
     model = model_io.load(folder)
     height, width = (
-        card["preprocessing"]["img_size"] if card["preprocessing"] else card["backbone"]["img_size"]
+        card["preprocessing"]["img_size"]
+        if card["preprocessing"]
+        else model.backbone.patch_embed.img_size
     )
     example = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(0))
     with warnings.catch_warnings():

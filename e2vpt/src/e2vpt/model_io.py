@@ -5,6 +5,8 @@ A saved model is a folder with `model.safetensors` (prompts and head, under 1 MB
 """
 
 import json
+import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +14,21 @@ from torch import nn
 
 from e2vpt.backbones import Backbone, fingerprint, load_backbone
 from e2vpt.images import Preprocessing
-from e2vpt.model import PromptedModel, PromptSpec, load_tuned_state, parameter_report, tuned_state
+from e2vpt.model import (
+    PromptedModel,
+    PromptSpec,
+    load_tuned_state,
+    parameter_report,
+    remove,
+    tuned_state,
+)
 from e2vpt.weight_files import WEIGHT_FILES
 from shared_utils import checkpoint
 from shared_utils.config import from_dict
 from shared_utils.errors import InputError, MissingFileError
 
 WEIGHTS, CARD = "model.safetensors", "model.json"
+UNKNOWN = "unknown"  # weights of a backbone whose source `save` was not told
 
 
 def save(
@@ -29,7 +39,7 @@ def save(
     class_names: list[str] | None = None,
     preprocessing: Preprocessing | None = None,
 ) -> None:
-    """Write `model.safetensors` and `model.json`, each atomically.
+    """Write `model.safetensors` and `model.json`, both or neither.
 
     Args:
         model: what `prompt` or `load` gave.
@@ -52,8 +62,13 @@ def save(
         "class_names": class_names,
         "preprocessing": None if preprocessing is None else preprocessing.to_dict(),
     }
-    checkpoint.save_weights(tuned_state(model), folder / WEIGHTS, {"format": "pt"})
-    checkpoint.write_text(json.dumps(card, indent=2) + "\n", folder / CARD)
+    # Both are written before one replaces an old file: weights and card must belong together.
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as place:
+        staged = Path(place)
+        checkpoint.save_weights(tuned_state(model), staged / WEIGHTS, {"format": "pt"})
+        checkpoint.write_text(json.dumps(card, indent=2) + "\n", staged / CARD)
+        for name in (WEIGHTS, CARD):
+            os.replace(staged / name, folder / name)
 
 
 def load(folder: Path | str, backbone: nn.Module | None = None) -> PromptedModel:
@@ -79,16 +94,25 @@ def load(folder: Path | str, backbone: nn.Module | None = None) -> PromptedModel
             known["architecture"] if known["is_file"] else "",
             img_size=None if size is None else (size[0], size[1]),
         ).module
-    model = PromptedModel(backbone, spec)
-    if spec.backbone_trains == "none" and fingerprint(backbone) != known["sha256"]:
-        raise InputError(
-            "backbone",
-            f"weights with fingerprint {fingerprint(backbone)[:12]}",
-            f"{known['sha256'][:12]}, those of {known['name'] or 'the saved model'}",
-            "load that backbone",
-        )
     tensors, _ = checkpoint.load_weights(folder / WEIGHTS)
-    load_tuned_state(model, tensors, str(folder / WEIGHTS))
+    # A backbone that trains is in the file, whole (full) or its biases, which the fingerprint of
+    # one that was saved without its source has in it.
+    is_known = known["weights"] != UNKNOWN if spec.backbone_trains == "bias" else True
+    if spec.backbone_trains != "full" and is_known:
+        found = fingerprint(backbone)
+        if found != known["sha256"]:
+            raise InputError(
+                "backbone",
+                f"weights with fingerprint {found[:12]}",
+                f"{known['sha256'][:12]}, those of {known['name'] or 'the saved model'}",
+                "load that backbone",
+            )
+    model = PromptedModel(backbone, spec)
+    try:
+        load_tuned_state(model, tensors, str(folder / WEIGHTS))
+    except InputError:
+        remove(model)  # it is the caller's
+        raise
     return model.eval()
 
 
@@ -106,11 +130,10 @@ def read_card(folder: Path) -> dict[str, Any]:
             "name a run folder that finished training",
         )
     try:
-        card = json.loads(path.read_text())
+        card: dict[str, Any] = json.loads(path.read_text())
     except ValueError as error:
         raise InputError(str(path), f"no JSON ({error})", "JSON", "restore the file") from error
-    keys = {"backbone", "spec", "class_names", "preprocessing"}
-    if not isinstance(card, dict) or card.get("project") != "e2vpt" or not keys <= card.keys():
+    if not _is_card(card):
         raise InputError(
             str(path),
             "another kind of file",
@@ -118,6 +141,15 @@ def read_card(folder: Path) -> dict[str, Any]:
             "name a folder that e2vpt wrote",
         )
     return card
+
+
+def _is_card(card: Any) -> bool:
+    keys = {"project", "backbone", "spec", "parameters", "class_names", "preprocessing"}
+    if not isinstance(card, dict) or not keys <= card.keys() or card["project"] != "e2vpt":
+        return False
+    backbone, spec = card["backbone"], card["spec"]
+    known = {"name", "architecture", "weights", "is_file", "img_size", "sha256"}
+    return isinstance(spec, dict) and isinstance(backbone, dict) and known <= backbone.keys()
 
 
 def _backbone_card(model: PromptedModel, source: Backbone | None) -> dict[str, Any]:
@@ -135,7 +167,7 @@ def _backbone_card(model: PromptedModel, source: Backbone | None) -> dict[str, A
     return {
         "name": name,
         "architecture": name,
-        "weights": "unknown",
+        "weights": UNKNOWN,
         "is_file": False,
         "img_size": None,
         "sha256": fingerprint(model.backbone),

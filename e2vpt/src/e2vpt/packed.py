@@ -5,16 +5,16 @@ Keys: `jpeg` (bytes, any format Pillow reads), `offsets` (N + 1, int64), `label`
 `jpeg[offsets[i]:offsets[i + 1]]`.
 """
 
-import io
 import zipfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
+from e2vpt.images import decode_image
 from shared_utils.errors import InputError, MissingFileError
 
 
@@ -80,18 +80,21 @@ class PackedImages:
         data: bytes = self._bytes[start:end].tobytes()
         return data
 
-    def pixels(self) -> Tensor:
-        """All images as one uint8 tensor (N, 3, H, W); they must have one size."""
-        first = Image.open(io.BytesIO(self.encoded(0)))
-        out = torch.empty(len(self), 3, first.height, first.width, dtype=torch.uint8)
-        for i in range(len(self)):
-            with Image.open(io.BytesIO(self.encoded(i))) as image:
-                if image.size != first.size:
-                    raise InputError(
-                        f"{self.path} image {i}",
-                        f"size {image.size}",
-                        f"{first.size}",
-                        "pack images of one size",
-                    )
-                out[i] = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    def pixels(self, indices: Sequence[int]) -> Tensor:
+        """Some images, at least one, as one uint8 tensor (N, 3, H, W); they must have one size.
+
+        Raises: UnreadableImage; InputError naming an image of another size.
+        """
+        first = decode_image(self.encoded(indices[0]), f"{self.path} image {indices[0]}")
+        out = torch.empty(len(indices), 3, first.height, first.width, dtype=torch.uint8)
+        for row, i in enumerate(indices):
+            image = decode_image(self.encoded(i), f"{self.path} image {i}")
+            if image.size != first.size:
+                raise InputError(
+                    f"{self.path} image {i}",
+                    f"size {image.size}",
+                    f"{first.size}",
+                    "pack images of one size",
+                )
+            out[row] = torch.from_numpy(np.array(image)).permute(2, 0, 1)
         return out

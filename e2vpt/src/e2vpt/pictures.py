@@ -36,10 +36,10 @@ def confusion(logits: Tensor, labels: Tensor, class_names: Sequence[str], path: 
     figure.colorbar(image, label="share of the true class", shrink=0.8)
     axes.set(xlabel="predicted", ylabel="true")
     if c <= MAX_NAMED_CLASSES:
-        axes.set_xticks(
-            range(c), class_names, rotation=45 if max(map(len, class_names)) > 3 else 0, ha="right"
-        )
-        axes.set_yticks(range(c), class_names)
+        rotation = 45 if max(map(len, class_names)) > 3 else 0
+        # Names come from the user's folders: no mathtext in them, nor in the captions below.
+        axes.set_xticks(range(c), class_names, rotation=rotation, ha="right", parse_math=False)
+        axes.set_yticks(range(c), class_names, parse_math=False)
         for row, column in np.argwhere(counts):
             colour = "white" if share[row, column] > 0.5 else "black"
             axes.text(
@@ -93,6 +93,5 @@ def sheet(
         axes.imshow(image, interpolation="nearest" if max(image.size) < 100 else "antialiased")
         axes.set_axis_off()
         colour = "crimson" if marked is not None and marked[i] else "black"
-        # Names come from the user's folders: no mathtext in them.
         axes.set_title(caption, fontsize=8, color=colour, y=-0.02, va="top", parse_math=False)
     figure.savefig(path, dpi=110)

@@ -2,6 +2,7 @@
 
 import csv
 import glob
+import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -10,11 +11,11 @@ from PIL import Image
 from torch import Tensor
 
 from e2vpt import model_io, pictures
-from e2vpt.images import Preprocessing, UnreadableImage, decode_image
+from e2vpt.images import IMAGE_SUFFIXES, Preprocessing, UnreadableImage, decode_image
 from e2vpt.model import PromptedModel
+from e2vpt.sources import some_of
+from shared_utils import checkpoint
 from shared_utils.errors import InputError, MissingFileError
-
-SUFFIXES = frozenset(Image.registered_extensions())
 
 
 class Predictor:
@@ -23,7 +24,8 @@ class Predictor:
     def __init__(self, folder: Path, device: torch.device | str = "cpu") -> None:
         """Load a folder that `e2vpt train` or `e2vpt.save` wrote.
 
-        Raises: InputError where it holds no preprocessing or class names.
+        Raises: InputError where it holds no preprocessing or class names, or where the device is
+            not there.
         """
         card = model_io.read_card(folder)
         if card["preprocessing"] is None or card["class_names"] is None:
@@ -35,8 +37,13 @@ class Predictor:
             )
         self.preprocessing = Preprocessing.from_dict(card["preprocessing"])
         self.class_names: list[str] = card["class_names"]
-        self.device = torch.device(device)
-        self.model: PromptedModel = model_io.load(folder).to(self.device)
+        model = model_io.load(folder)
+        try:
+            self.device = torch.device(device)
+            self.model: PromptedModel = model.to(self.device)
+        except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
+            got = f"'{device}' ({str(error).splitlines()[0].rstrip('.')})"
+            raise InputError("device", got, "one that this machine has", "use cpu") from error
 
     @torch.no_grad()
     def __call__(self, images: Sequence[Image.Image]) -> Tensor:
@@ -49,15 +56,15 @@ class Predictor:
 def find_images(inputs: Sequence[str]) -> list[Path]:
     """Files, folders (searched below) and glob patterns -> image files, sorted within each.
 
+    In a folder, files that start with a dot or do not end like an image are passed over.
+
     Raises: MissingFileError naming an input that matches nothing.
     """
     found: dict[Path, None] = {}
     for given in inputs:
         path = Path(given)
         if path.is_dir():
-            matches = [
-                p for p in sorted(path.rglob("*")) if p.suffix.lower() in SUFFIXES and p.is_file()
-            ]
+            matches = [p for p in sorted(path.rglob("*")) if _is_image(p)]
         elif path.is_file():
             matches = [path]
         else:
@@ -73,6 +80,11 @@ def find_images(inputs: Sequence[str]) -> list[Path]:
             )
         found |= dict.fromkeys(matches)
     return list(found)
+
+
+def _is_image(path: Path) -> bool:
+    is_named_so = path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+    return is_named_so and path.is_file()
 
 
 def predict(
@@ -91,6 +103,8 @@ def predict(
     Returns: the number of images and the unreadable ones left out (`skip_bad`).
     Raises: InputError where an image cannot be read and `skip_bad` is off; nothing is written then.
     """
+    if output.exists() and not output.is_dir():
+        raise InputError("output", f"the file '{output}'", "a folder", "choose another")
     predictor = Predictor(folder, device)
     names = predictor.class_names
     top = min(3, len(names))
@@ -111,22 +125,17 @@ def predict(
     if bad and not skip_bad:
         raise InputError(
             "images",
-            f"{len(bad)} unreadable: {'; '.join(str(e.name) for e in bad[:5])}",
+            f"{len(bad)} unreadable: {some_of([f'{e.name} ({e.reason})' for e in bad])}",
             "readable images",
             "remove them or give --skip-bad",
         )
     if not rows:
         raise InputError("images", "no readable image", "at least one", "check the paths")
     output.mkdir(parents=True, exist_ok=True)
-    with (output / "predictions.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(
-            [
-                "path",
-                *(f"{what}{i}" for i in range(1, top + 1) for what in ("class", "probability")),
-            ]
-        )
-        writer.writerows(rows)
+    ranks = [f"{what}{i}" for i in range(1, top + 1) for what in ("class", "probability")]
+    table = io.StringIO(newline="")
+    csv.writer(table).writerows([["path", *ranks], *rows])
+    checkpoint.write_text(table.getvalue(), output / "predictions.csv")
     pictures.sheet(
         [image for image, _ in shown],
         [caption for _, caption in shown],

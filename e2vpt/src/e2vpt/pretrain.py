@@ -8,138 +8,36 @@ hundred steps and at an interrupt, and `--resume RUN` goes on in the middle of t
 import copy
 import dataclasses
 import hashlib
+import json
+import math
+import shlex
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Any, cast
 
 import torch
-import tyro
 from lightning.fabric import Fabric
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from e2vpt.config import RunConfig, devices_of, run_facts
+from e2vpt.augmentation import MEAN, STD, augment, cutmix, normalize
+from e2vpt.config import launch_fabric, run_facts
+from e2vpt.interrupts import uninterrupted
 from e2vpt.micro_vit import IMG_SIZE, build_micro_vit
-from e2vpt.optim import Schedule, build_optimizer, lr_at, set_lr
+from e2vpt.optim import build_optimizer, lr_at, set_lr
 from e2vpt.packed import PackedImages
+from e2vpt.pretrain_config import HEAD_DIM, PretrainConfig, PretrainData
 from shared_utils import checkpoint
 from shared_utils.config import save_json, to_dict
 from shared_utils.errors import InputError, Interrupted
 from shared_utils.metrics import classification_metrics
-from shared_utils.run_log import RunLog, open_run, plot_curves, write_result
+from shared_utils.run_log import RunLog, Ticker, open_run, plot_curves, write_result
 from shared_utils.seeding import seed_all
 
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
-CROP_PADDING = 4  # pixels
 LOG_EVERY = 50  # steps
-
-
-@dataclass(frozen=True, kw_only=True)
-class PretrainModel:
-    """The micro ViT's size."""
-
-    embed_dim: int = 192
-    """width; 64 per head"""
-    depth: int = 6
-    """number of transformer blocks"""
-    compile: bool = False
-    """torch.compile the training step (needs a C++ compiler on a CPU)"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PretrainData:
-    """Where the images are, and how they are varied."""
-
-    train: Path = Path("train.npz")
-    """packed training images, 32x32"""
-    val: Path = Path("val.npz")
-    """packed validation images, 32x32"""
-    batch_size: int = 128
-    """images per step and process"""
-    limit: int = 0
-    """use only this many training and validation images (0: all), for quick runs"""
-    mix_prob: float = 0.3
-    """share of the steps that use CutMix (box area from a uniform distribution)"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PretrainOptim:
-    """AdamW on a schedule per step."""
-
-    lr: float = 1.5e-3
-    """peak learning rate"""
-    weight_decay: float = 0.05
-    """decoupled decay of weights, none on biases and norms"""
-    epochs: int = 30
-    """passes over the training images"""
-    warmup_epochs: float = 1.0
-    """epochs of linear warm-up"""
-    schedule: Schedule = "cosine"
-    """cosine, trapezoid (flat, then linear to 0) or per-epoch"""
-    label_smoothing: float = 0.1
-    """mass given to the other classes"""
-    clip_norm: float = 1.0
-    """largest gradient norm"""
-    ema_decay: float = 0.999
-    """decay of the averaged weights that are evaluated and shipped"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PretrainConfig:
-    """`e2vpt pretrain`: train the micro ViT from scratch."""
-
-    recipe: tyro.conf.Suppress[str] = "tiny-imagenet-32"
-    about: tyro.conf.Suppress[str] = (
-        "micro ViT on Tiny-ImageNet-200 at 32x32; about 4 minutes an epoch on two cores"
-    )
-    model: PretrainModel = field(default_factory=PretrainModel)
-    data: PretrainData = field(default_factory=PretrainData)
-    optim: PretrainOptim = field(default_factory=PretrainOptim)
-    run: Annotated[RunConfig, tyro.conf.arg(name="")] = field(
-        default_factory=lambda: RunConfig(precision="bf16-mixed")
-    )
-
-
-PRETRAIN_RECIPES = {"tiny-imagenet-32": PretrainConfig()}
 SAVE_EVERY = 300  # steps
-
-
-def normalize(images: Tensor) -> Tensor:
-    """uint8 (B, 3, H, W) -> float, ImageNet statistics."""
-    mean = torch.tensor(MEAN, device=images.device).view(3, 1, 1)
-    std = torch.tensor(STD, device=images.device).view(3, 1, 1)
-    return (images.float() / 255 - mean) / std
-
-
-def augment(images: Tensor) -> Tensor:
-    """Flips and crops after padding by 4 pixels, each image its own. uint8 (B, 3, H, W), a copy."""
-    b, _, h, w = images.shape
-    padded = F.pad(images, (CROP_PADDING,) * 4)
-    top, left = torch.randint(0, 2 * CROP_PADDING + 1, (2, b, 1, 1))
-    rows = top + torch.arange(h).view(1, h, 1)
-    columns = left + torch.arange(w).view(1, 1, w)
-    flip = torch.rand(b, 1, 1) < 0.5
-    columns = torch.where(flip, columns.flip(-1), columns)
-    index = torch.arange(b).view(b, 1, 1)
-    return padded.permute(0, 2, 3, 1)[index, rows, columns].permute(0, 3, 1, 2)
-
-
-def cutmix(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Put a box of a shuffled copy of the batch into it: images, other labels, own share."""
-    _, _, h, w = images.shape
-    area = float(torch.rand(()))
-    box_h, box_w = round(h * area**0.5), round(w * area**0.5)
-    top = int(torch.randint(0, h - box_h + 1, ()))
-    left = int(torch.randint(0, w - box_w + 1, ()))
-    order = torch.randperm(len(images))
-    mixed = images.clone()
-    mixed[:, :, top : top + box_h, left : left + box_w] = images[
-        order, :, top : top + box_h, left : left + box_w
-    ]
-    return mixed, labels[order], 1 - box_h * box_w / (h * w)
+CURVES = {"loss": ["loss_ce"], "accuracy": ["val_top1", "val_top5"], "learning rate": ["lr"]}
 
 
 @torch.no_grad()
@@ -158,21 +56,27 @@ def evaluate(
     return {name: float(value) for name, value in metrics.compute().items()}
 
 
+@dataclasses.dataclass(frozen=True)
+class _Images:
+    """uint8 (N, 3, 32, 32) and int64 (N,)."""
+
+    pixels: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
 def pretrain(cfg: PretrainConfig) -> Path:
-    """Train, evaluate the averaged weights after every epoch, and write the run folder."""
-    fabric = Fabric(**devices_of(cfg.run))
-    fabric.launch()
+    """Train, evaluate the averaged weights after every epoch, and write the run folder.
+
+    Raises: InputError for what the user can mend; Interrupted after Ctrl-C.
+    """
+    fabric = launch_fabric(cfg.run)
     if fabric.world_size > 1:
         raise InputError("processes", fabric.world_size, "1", "pretrain with one process")
     seed_all(cfg.run.seed)
-    train_set, val_set = PackedImages(cfg.data.train), PackedImages(cfg.data.val)
-    if train_set.classes != val_set.classes:
-        raise InputError(
-            "data.val",
-            "class names that differ from those of data.train",
-            "the same",
-            "pack both with one list of classes",
-        )
+    train_set, val_set, classes = _load(cfg.data)
     folder = open_run(
         "e2vpt",
         "pretrain",
@@ -181,143 +85,242 @@ def pretrain(cfg: PretrainConfig) -> Path:
         resume=cfg.run.resume,
         overwrite=cfg.run.overwrite,
     )
-    save_json(cfg, folder / "config.json")
-    limit = cfg.data.limit or None
-    train_x, train_y = train_set.pixels()[:limit], torch.tensor(train_set.labels)[:limit]
-    val_x, val_y = val_set.pixels()[:limit], torch.tensor(val_set.labels)[:limit]
-    if train_x.shape[-2:] != (IMG_SIZE, IMG_SIZE):
+    return _Pretraining(cfg, fabric, folder, train_set, val_set, classes).run()
+
+
+def _load(cfg: PretrainData) -> tuple[_Images, _Images, list[str]]:
+    packed = {"data.train": PackedImages(cfg.train), "data.val": PackedImages(cfg.val)}
+    classes = packed["data.train"].classes
+    if classes != packed["data.val"].classes:
         raise InputError(
-            "data.train",
-            f"images of {tuple(train_x.shape[-2:])}",
-            f"{IMG_SIZE}x{IMG_SIZE}",
-            "resize them before packing",
+            "data.val",
+            "class names that differ from those of data.train",
+            "the same",
+            "pack both with one list of classes",
         )
-    num_classes = len(train_set.classes)
+    sets = []
+    for field, images in packed.items():
+        count = min(cfg.limit, len(images)) if cfg.limit else len(images)
+        if not count:
+            raise InputError(field, f"no images in '{images.path}'", "some", "pack it again")
+        # Evenly spread: a packed file is often sorted by class.
+        chosen = [i * len(images) // count for i in range(count)]
+        pixels = images.pixels(chosen)
+        if pixels.shape[-2:] != (IMG_SIZE, IMG_SIZE):
+            raise InputError(
+                field,
+                f"images of {tuple(pixels.shape[-2:])}",
+                f"{IMG_SIZE}x{IMG_SIZE}",
+                "resize them before packing",
+            )
+        sets.append(_Images(pixels, torch.tensor(images.labels)[chosen]))
+    if len(sets[0]) < cfg.batch_size:
+        expected = f"at most {len(sets[0])}, the number of training images"
+        raise InputError("data.batch_size", cfg.batch_size, expected, "lower it")
+    return sets[0], sets[1], classes
 
-    network = build_micro_vit(
-        num_classes,
-        embed_dim=cfg.model.embed_dim,
-        depth=cfg.model.depth,
-        num_heads=cfg.model.embed_dim // 64,
-    )
-    if (
-        fabric.device.type == "cpu"
-    ):  # short sequences: plain softmax is twice as fast there in training
-        for block in cast(Any, network).blocks:
-            block.attn.fused_attn = False
-    ema = ModelEmaV3(network, decay=cfg.optim.ema_decay, use_warmup=True, device=fabric.device)
-    optimizer = build_optimizer(
-        "adamw", network.named_parameters(), lr=cfg.optim.lr, weight_decay=cfg.optim.weight_decay
-    )
-    compiled: Any = torch.compile(network) if cfg.model.compile else network
-    model, optimizer = fabric.setup(compiled, optimizer)
 
-    steps_per_epoch = len(train_x) // cfg.data.batch_size
-    total = steps_per_epoch * cfg.optim.epochs
-    step, best = 0, 0.0
-    if cfg.run.resume:
-        state, warning = checkpoint.load_last(folder / "last.ckpt")
-        network.load_state_dict(state["model"])
-        ema.module.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
-        checkpoint.set_rng_state(state["rng"])
-        step, best = state["step"], state["best"]
-    log = RunLog(folder, resume_step=step if cfg.run.resume else -1)
-    if cfg.run.resume and warning:
-        log.say(f"warning: {warning}")
+class _Pretraining:
+    """The state of one run; `run` is the whole of it in order."""
 
-    def state_now() -> dict[str, Any]:
-        return {
-            "model": network.state_dict(),
-            "ema": ema.module.state_dict(),
-            "optimizer": optimizer.state_dict(),
+    def __init__(
+        self,
+        cfg: PretrainConfig,
+        fabric: Fabric,
+        folder: Path,
+        train_set: _Images,
+        val_set: _Images,
+        classes: list[str],
+    ) -> None:
+        self.cfg, self.fabric, self.folder, self.classes = cfg, fabric, folder, classes
+        self.train_set, self.val_set = train_set, val_set
+        self.network = build_micro_vit(
+            len(classes),
+            embed_dim=cfg.model.embed_dim,
+            depth=cfg.model.depth,
+            num_heads=cfg.model.embed_dim // HEAD_DIM,
+        )
+        if fabric.device.type == "cpu":
+            # Short sequences: plain softmax is twice as fast there in training.
+            for block in cast(Any, self.network).blocks:
+                block.attn.fused_attn = False
+        self.ema = ModelEmaV3(
+            self.network, decay=cfg.optim.ema_decay, use_warmup=True, device=fabric.device
+        )
+        optimizer = build_optimizer(
+            "adamw",
+            self.network.named_parameters(),
+            lr=cfg.optim.lr,
+            weight_decay=cfg.optim.weight_decay,
+        )
+        compiled: Any = torch.compile(self.network) if cfg.model.compile else self.network
+        self.model, self.optimizer = fabric.setup(compiled, optimizer)
+        self.steps_per_epoch = len(train_set) // cfg.data.batch_size
+        self.step, self.best = 0, 0.0
+        self.scores: dict[str, float] = {}
+        self.scored_at = 0  # the step at which `scores` were measured
+
+    def run(self) -> Path:
+        """Train, evaluate, write."""
+        cfg, resumed = self.cfg, bool(self.cfg.run.resume)
+        warning = self._resume() if resumed else ""
+        # Only now: a resume that was refused leaves the old one.
+        again = dataclasses.replace(cfg.run, resume="", overwrite=False)
+        save_json(dataclasses.replace(cfg, run=again), self.folder / "config.json")
+        log = RunLog(self.folder, resume_step=self.step if resumed else -1)
+        if warning:
+            log.say(f"warning: {warning}")
+        total, begun, first = (
+            self.steps_per_epoch * cfg.optim.epochs,
+            time.perf_counter(),
+            self.step,
+        )
+        try:
+            with log.progress("pretrain", total, self.step) as bar:
+                while True:
+                    # First of all: an interrupt may have come between an epoch and its score.
+                    if self.step > self.scored_at and self.step % self.steps_per_epoch == 0:
+                        self._score(log)
+                    if self.step >= total:
+                        break
+                    self._epoch(log, bar)
+            seconds = time.perf_counter() - begun
+            self._write((self.step - first) * cfg.data.batch_size / seconds)
+        except KeyboardInterrupt:
+            with uninterrupted():
+                self._save()
+            resume = f"e2vpt pretrain --resume {shlex.quote(str(self.folder))}"
+            raise Interrupted(resume) from None
+        log.close()
+        return self.folder
+
+    def _epoch(self, log: RunLog, bar: Ticker) -> None:
+        """The rest of the epoch that `step` is in."""
+        cfg = self.cfg
+        epoch = self.step // self.steps_per_epoch
+        generator = torch.Generator().manual_seed(cfg.run.seed * 10_000 + epoch)
+        order = torch.randperm(len(self.train_set), generator=generator)
+        self.model.train()
+        tick, ticked = time.perf_counter(), self.step
+        for batch in range(self.step % self.steps_per_epoch, self.steps_per_epoch):
+            chosen = order[batch * cfg.data.batch_size : (batch + 1) * cfg.data.batch_size]
+            lr = lr_at(
+                self.step,
+                schedule=cfg.optim.schedule,
+                peak=cfg.optim.lr,
+                steps_per_epoch=self.steps_per_epoch,
+                epochs=cfg.optim.epochs,
+                warmup_epochs=cfg.optim.warmup_epochs,
+            )
+            with uninterrupted():  # weights, moments, average and step belong together
+                set_lr(self.optimizer, lr)
+                images, labels = self.train_set.pixels[chosen], self.train_set.labels[chosen]
+                loss = train_step(self.fabric, self.model, self.optimizer, images, labels, cfg)
+                if not math.isfinite(loss):
+                    got = f"{loss} at step {self.step}"
+                    raise InputError("loss_ce", got, "a finite loss", self._remedy)
+                self.ema.update(self.network, step=self.step)
+                self.step += 1
+            bar.tick(f"loss {loss:.3f}")
+            if self.step % LOG_EVERY == 0:
+                now = time.perf_counter()
+                speed = (self.step - ticked) * cfg.data.batch_size / (now - tick)
+                log.log(self.step, epoch, {"loss_ce": loss, "lr": lr, "images_per_second": speed})
+                tick, ticked = now, self.step
+            if self.step % SAVE_EVERY == 0:
+                self._save()
+
+    def _score(self, log: RunLog) -> None:
+        """Evaluate the averaged weights at the end of an epoch, and save."""
+        epoch = self.step // self.steps_per_epoch
+        scores = evaluate(
+            self.fabric,
+            self.ema.module,
+            self.val_set.pixels,
+            self.val_set.labels,
+            len(self.classes),
+        )
+        with uninterrupted():
+            self.scores, self.scored_at = scores, self.step
+            self.best = max(self.best, scores["top1"])
+            log.log(self.step, epoch - 1, {f"val_{k}": v for k, v in scores.items()})
+            self._save()
+        told = "  ".join(f"val_{name} {value:.4f}" for name, value in scores.items())
+        log.say(f"epoch {epoch}/{self.cfg.optim.epochs}  {told}")
+
+    @property
+    def _remedy(self) -> str:
+        return f"lower --optim.lr and go on with --resume {shlex.quote(str(self.folder))}"
+
+    def _save(self) -> None:
+        """Write last.ckpt. Raises: InputError where a weight is NaN or infinite."""
+        for name, tensor in self.network.state_dict().items():
+            if not torch.isfinite(tensor).all():
+                got = f"nan or inf after step {self.step}"
+                raise InputError(name, got, "finite weights", self._remedy)
+        state = {
+            "model": self.network.state_dict(),
+            "ema": self.ema.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.fabric._precision.state_dict(),
             "rng": checkpoint.rng_state(),
-            "step": step,
-            "epoch": step // steps_per_epoch,
-            "best": best,
-            "config": to_dict(cfg),
+            "step": self.step,
+            "epoch": self.step // self.steps_per_epoch,
+            "best": self.best,
+            "scores": self.scores,
+            "scored_at": self.scored_at,
+            "config": to_dict(self.cfg),
         }
+        checkpoint.save(state, self.folder / "last.ckpt")
 
-    model.train()
-    scores: dict[str, float] = {}
-    tick = time.perf_counter()
-    try:
-        with log.progress("pretrain", total, step) as bar:
-            while step < total:
-                epoch = step // steps_per_epoch
-                order = torch.randperm(
-                    len(train_x),
-                    generator=torch.Generator().manual_seed(cfg.run.seed * 10_000 + epoch),
-                )
-                for batch in range(step % steps_per_epoch, steps_per_epoch):
-                    chosen = order[batch * cfg.data.batch_size : (batch + 1) * cfg.data.batch_size]
-                    lr = lr_at(
-                        step,
-                        schedule=cfg.optim.schedule,
-                        peak=cfg.optim.lr,
-                        steps_per_epoch=steps_per_epoch,
-                        epochs=cfg.optim.epochs,
-                        warmup_epochs=cfg.optim.warmup_epochs,
-                    )
-                    set_lr(optimizer, lr)
-                    loss = train_step(
-                        fabric, model, optimizer, train_x[chosen], train_y[chosen], cfg
-                    )
-                    ema.update(network, step=step)
-                    step += 1
-                    bar.tick(f"loss {loss:.3f}")
-                    if step % LOG_EVERY == 0:
-                        if not loss == loss:  # NaN
-                            raise InputError(
-                                "loss_ce",
-                                f"nan at step {step}",
-                                "a finite loss",
-                                "lower optim.lr and --resume",
-                            )
-                        now = time.perf_counter()
-                        log.log(
-                            step,
-                            epoch,
-                            {
-                                "loss_ce": loss,
-                                "lr": lr,
-                                "images_per_second": LOG_EVERY * cfg.data.batch_size / (now - tick),
-                            },
-                        )
-                        tick = now
-                    if step % SAVE_EVERY == 0:
-                        checkpoint.save(state_now(), folder / "last.ckpt")
-                scores = evaluate(fabric, ema.module, val_x, val_y, num_classes)
-                log.log(step, epoch, {f"val_{k}": v for k, v in scores.items()})
-                told = "  ".join(f"val_{name} {value:.4f}" for name, value in scores.items())
-                log.say(f"epoch {epoch + 1}/{cfg.optim.epochs}  {told}")
-                best = max(best, scores["top1"])
-                checkpoint.save(state_now(), folder / "last.ckpt")
-                tick = time.perf_counter()
-    except KeyboardInterrupt:
-        checkpoint.save(state_now(), folder / "last.ckpt")
-        raise Interrupted(f"e2vpt pretrain --resume {folder}") from None
-    export_backbone(ema.module, folder, cfg, train_set.classes, scores)
-    plot_curves(folder, {"loss": ["loss_ce"], "accuracy": ["val_top1", "val_top5"], "rate": ["lr"]})
-    write_result(
-        folder,
-        {
-            "project": "e2vpt",
-            "name": folder.name,
-            "recipe": cfg.recipe,
-            "seed": cfg.run.seed,
-            "metrics": {f"val_{k}": v for k, v in scores.items()},
-            "epochs": cfg.optim.epochs,
-            "data": {
-                "name": cfg.data.train.parent.name,
-                "train_images": len(train_x),
-                "val_images": len(val_x),
+    def _resume(self) -> str:
+        """Put back the last checkpoint; returns a warning to show."""
+        state, warning = checkpoint.load_last(self.folder / "last.ckpt")
+        try:
+            self.network.load_state_dict(state["model"])
+            self.ema.module.load_state_dict(state["ema"])
+        except RuntimeError as error:
+            raise InputError(
+                "--resume",
+                f"a model that does not fit {self.folder} ({str(error).splitlines()[-1].strip()})",
+                "the sizes and classes the run began with",
+                "leave --model and --data as they were",
+            ) from error
+        groups = self.optimizer.state_dict()["param_groups"]  # of the options given now
+        self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
+        if state.get("scaler"):  # of float16's loss
+            self.fabric._precision.load_state_dict(state["scaler"])
+        checkpoint.set_rng_state(state["rng"])
+        self.step, self.best = state["step"], state["best"]
+        self.scores, self.scored_at = state.get("scores", {}), state.get("scored_at", 0)
+        return warning
+
+    def _write(self, images_per_second: float) -> None:
+        """The backbone, the curves, and last of all result.json."""
+        cfg = self.cfg
+        export_backbone(self.ema.module, self.folder, cfg, self.classes, self.scores)
+        plot_curves(self.folder, CURVES)
+        count = sum(p.numel() for p in self.network.parameters())
+        write_result(
+            self.folder,
+            {
+                "project": "e2vpt",
+                "name": self.folder.name,
+                "recipe": cfg.recipe,
+                "seed": cfg.run.seed,
+                "metrics": {f"val_{k}": v for k, v in self.scores.items()},
+                "parameters": {"tuned": count, "total": count, "percent": 100.0},
+                "data": {
+                    "name": cfg.data.train.resolve().parent.name,
+                    "train_images": len(self.train_set),
+                    "val_images": len(self.val_set),
+                    "test_images": 0,
+                },
+                "epochs": cfg.optim.epochs,
+                "images_per_second": images_per_second,
+                **run_facts(self.fabric),
             },
-            **run_facts(fabric),
-        },
-    )
-    log.close()
-    return folder
+        )
 
 
 def train_step(
@@ -349,8 +352,6 @@ def export_backbone(
     scores: dict[str, float],
 ) -> None:
     """Write `model.safetensors` (fp16) and `model.json` with where it comes from."""
-    import json
-
     half = {
         k: v.half() if v.is_floating_point() else v
         for k, v in copy.deepcopy(network).cpu().state_dict().items()
@@ -366,8 +367,18 @@ def export_backbone(
         "mean": MEAN,
         "std": STD,
         "classes": classes,
-        "config": to_dict(cfg),
+        "config": _without_places(cfg),
         "val": scores,
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
     }
     checkpoint.write_text(json.dumps(card, indent=2) + "\n", folder / "model.json")
+
+
+def _without_places(cfg: PretrainConfig) -> dict[str, Any]:
+    """The configuration for a file that is passed on: no folders of this machine."""
+    config = to_dict(cfg)
+    for split in ("train", "val"):
+        path = Path(config["data"][split]).resolve()
+        config["data"][split] = f"{path.parent.name}/{path.name}"
+    config["run"] = {key: config["run"][key] for key in ("seed", "precision")}
+    return config

@@ -1,9 +1,11 @@
 """Train prompts (or a baseline) on a frozen backbone: from a configuration to a run folder."""
 
 import math
+import shlex
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,8 @@ from torch.nn import functional as F
 
 from e2vpt import model_io, pictures
 from e2vpt.backbones import Backbone, load_backbone
-from e2vpt.config import ModelConfig, TrainConfig, devices_of, run_facts
-from e2vpt.data import DataSplits, build_loader, load_data
+from e2vpt.config import ModelConfig, TrainConfig, launch_fabric, run_facts
+from e2vpt.data import DataSplits, ImageSet, build_loader, load_data
 from e2vpt.evaluate import evaluate, predict_set
 from e2vpt.model import PromptedModel, PromptSpec, load_tuned_state, parameter_report, tuned_state
 from e2vpt.optim import build_optimizer, lr_at, set_lr
@@ -60,8 +62,7 @@ def train(cfg: TrainConfig) -> Path:
 
     Raises: InputError for what the user can mend; Interrupted after Ctrl-C.
     """
-    fabric = Fabric(**devices_of(cfg.run))
-    fabric.launch()
+    fabric = launch_fabric(cfg.run)
     seed_all(cfg.run.seed)
     size = cfg.data.img_size
     backbone = load_backbone(
@@ -86,7 +87,6 @@ def train(cfg: TrainConfig) -> Path:
             resume=cfg.run.resume,
             overwrite=cfg.run.overwrite,
         )
-        save_json(cfg, folder / "config.json")
     folder = Path(fabric.broadcast(str(folder)))
     return _Training(cfg, fabric, folder, backbone, splits, network).run()
 
@@ -130,6 +130,9 @@ class _Training:
         """Train, evaluate, write."""
         cfg, fabric = self.cfg, self.fabric
         warning = self._resume() if cfg.run.resume else ""
+        if fabric.is_global_zero:  # only now: a resume that was refused leaves the old one
+            again = replace(cfg, run=replace(cfg.run, resume="", overwrite=False))
+            save_json(again, self.folder / "config.json")
         log = RunLog(
             self.folder,
             is_writer=fabric.is_global_zero,
@@ -151,30 +154,31 @@ class _Training:
             self._save(log)
         scores: dict[str, float] = {}
         seen, seconds = 0, 0.0
-        with _resumable(f"e2vpt train --resume {self.folder}"):
+        with _resumable(f"e2vpt train --resume {shlex.quote(str(self.folder))}"):
             with log.progress("train", cfg.optim.epochs * len(self.loader), self.step) as bar:
                 for epoch in range(self.epoch, cfg.optim.epochs):
                     begun = time.perf_counter()
                     mean_loss, images = self._epoch(epoch, bar)
-                    seconds += time.perf_counter() - begun
-                    seen += images
+                    elapsed = time.perf_counter() - begun
+                    seconds, seen = seconds + elapsed, seen + images
                     self.epoch = epoch + 1
+                    self._require_finite()
                     scores = self._evaluate(self.splits.val, "val")
                     values = {
                         "loss_ce": mean_loss,
                         "lr": self.optimizer.param_groups[0]["lr"],
                         **scores,
-                        "images_per_second": images / (time.perf_counter() - begun),
+                        "images_per_second": images / elapsed,
                     }
                     log.log(self.step, self.epoch, values)
                     self._save(log, scores.get("val_top1"))
             if cfg.run.resume and not scores:
                 scores = self._evaluate(self.splits.val, "val")
             scores |= self._evaluate(self.splits.test, "test")
-        log.close()
-        if fabric.is_global_zero:
-            self._write(scores, images_per_second=seen / seconds if seconds else 0.0)
-        fabric.barrier()
+            log.close()
+            if fabric.is_global_zero:
+                self._write(scores, images_per_second=seen / seconds if seconds else 0.0)
+            fabric.barrier()
         log.say("  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
         return self.folder
 
@@ -214,17 +218,38 @@ class _Training:
                 "loss_ce",
                 f"{value} at step {self.step}",
                 "a finite loss",
-                f"lower optim.lr and go on from {self.folder / 'last.ckpt'} with --resume",
+                self._remedy,
             )
         self.optimizer.zero_grad()
         self.fabric.backward(loss)
         self.optimizer.step()
         return value
 
-    def _evaluate(self, images: Any, split: str) -> dict[str, float]:
+    @property
+    def _remedy(self) -> str:
+        return f"lower --optim.lr and go on with --resume {shlex.quote(str(self.folder))}"
+
+    def _require_finite(self) -> None:
+        """Stop before what an update has ruined takes the place of the last good checkpoint."""
+        for name, tensor in tuned_state(self.network).items():
+            if not torch.isfinite(tensor).all():
+                got = f"nan or inf after step {self.step}"
+                raise InputError(name, got, "finite weights", self._remedy)
+
+    def _evaluate(self, images: ImageSet | None, split: str) -> dict[str, float]:
         if images is None:
             return {}
-        scores = evaluate(self.fabric, self.model, images, self.cfg.data, self.splits.num_classes)
+        # The network without its DDP wrapper, which would wait for the other processes at every
+        # batch, and they may have one batch less.
+        scores = evaluate(
+            self.fabric,
+            self.network,
+            images,
+            self.cfg.data,
+            self.splits.num_classes,
+            when=f" on the {split} images after step {self.step}",
+            remedy=self._remedy,
+        )
         return {f"{split}_{name}": value for name, value in scores.items()}
 
     def _save(self, log: RunLog, score: float | None = None) -> None:
@@ -239,6 +264,7 @@ class _Training:
             "epoch": self.epoch,
             "step": self.step,
             "best": self.best,
+            "scaler": self.fabric._precision.state_dict(),
             "backbone": self.backbone.sha256,
             "config": to_dict(self.cfg),
         }
@@ -267,8 +293,16 @@ class _Training:
                 f"{state['backbone'][:12]}, those the run began with",
                 "use the same file",
             )
+        began_with = state["config"]["optim"]["optimizer"]
+        if self.cfg.optim.optimizer != began_with:
+            raise InputError(
+                "optim.optimizer", self.cfg.optim.optimizer, f"{began_with}, as before", "leave it"
+            )
         load_tuned_state(self.network, state["model"], str(path))
-        self.optimizer.load_state_dict(state["optimizer"])
+        groups = self.optimizer.state_dict()["param_groups"]  # of the options given now
+        self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
+        if state["scaler"]:  # of float16's loss
+            self.fabric._precision.load_state_dict(state["scaler"])
         if len(state["rng"]) == self.fabric.world_size:
             checkpoint.set_rng_state(state["rng"][self.fabric.global_rank])
         else:

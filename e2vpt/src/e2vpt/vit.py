@@ -1,8 +1,9 @@
 """How prompts enter a plain timm vision transformer, without touching its modules.
 
 The output at a deep prompt's position is thrown away by the next layer. So a prompt needs only its
-key and value rows in each layer's attention (the cheap form); no query, no projection, no MLP. The
-token form, which runs prompts through the whole block, gives the same output and is kept as the
+key and value rows in each layer's attention (the cheap form); no query, no projection, no MLP. And
+where the class token alone is pooled, the last block computes that token alone. The token form runs
+everything through whole blocks, as the paper writes it. It gives the same output and is kept as the
 reference and for what needs it: shallow prompts, and pooling that averages the prompts too.
 
 Shapes: B batch, N tokens (prefix and patches), P visual prompts, n key-value prompts, M key rows,
@@ -18,6 +19,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from e2vpt.attend import attend, num_padding_rows
 from e2vpt.prompts import KeyValuePrompts, VisualPrompts
 from shared_utils.errors import InputError
 
@@ -100,7 +102,7 @@ def prompted_features(
         images: (B, 3, H, W) float, normalised for the backbone.
         visual: prompts of every layer, or of the first one only (shallow), or None.
         kv: key-value rows of the first `kv.num_layers` layers, or None.
-        token_form: run deep prompts through whole blocks.
+        token_form: run deep prompts, and all tokens of the last block, through whole blocks.
         pool_prompts: keep the last layer's prompts in the output, after the prefix tokens.
 
     Returns: (B, N, D); (B, 1, D), the class token, where pooling takes nothing else; or
@@ -109,7 +111,7 @@ def prompted_features(
     x = backbone.norm_pre(backbone.patch_drop(backbone._pos_embed(backbone.patch_embed(images))))
     prefix, last = backbone.num_prefix_tokens, len(backbone.blocks) - 1
     shallow = visual is not None and visual.weight.shape[0] == 1 and last > 0
-    only_class_token = backbone.global_pool == "token" and not pool_prompts
+    only_class_token = backbone.global_pool == "token" and not (token_form or pool_prompts)
     carried = 0  # prompts now in the sequence
     for i, block in enumerate(backbone.blocks):
         rows = visual(i, len(x)) if visual is not None and (i == 0 or not shallow) else None
@@ -174,25 +176,26 @@ def attention(
         k, v = _project(attn.qkv, y, width, 3 * width).view(b, n, 2, heads, head_dim).unbind(2)
     keys, values = [attn.k_norm(k)], [v]
     if rows is not None:
-        k, v = (
-            _project(attn.qkv, rows, width, 3 * width)
-            .view(*rows.shape[:2], 2, heads, head_dim)
-            .unbind(2)
-        )
+        pairs = _project(attn.qkv, rows, width, 3 * width)
+        k, v = pairs.view(*rows.shape[:2], 2, heads, head_dim).unbind(2)
         keys.append(attn.k_norm(k).expand(b, -1, -1, -1))
         values.append(v.expand(b, -1, -1, -1))
     if kv is not None:
         keys.append(kv[0].transpose(0, 1).to(k.dtype).expand(b, -1, -1, -1))
         values.append(kv[1].transpose(0, 1).to(v.dtype).expand(b, -1, -1, -1))
+    padding = num_padding_rows(sum(part.shape[1] for part in keys), v)
+    if padding:
+        zeros = v.new_zeros(()).expand(b, padding, heads, head_dim)
+        keys.append(zeros)
+        values.append(zeros)
     k = torch.cat(keys, dim=1).transpose(1, 2)  # (B, H, M, d_h)
     v = torch.cat(values, dim=1).transpose(1, 2)
     q = attn.q_norm(q).transpose(1, 2)
-    dropout = attn.attn_drop.p if attn.training else 0.0
     if attn.fused_attn:
-        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=attn.scale)
+        out = attend(q, k, v, scale=attn.scale, padding=padding)
     else:
-        weights = (q * attn.scale @ k.transpose(-2, -1)).softmax(dim=-1)
-        out = F.dropout(weights, dropout) @ v
+        logits = (q * attn.scale) @ k.transpose(-2, -1)
+        out = logits[..., : k.shape[2] - padding].softmax(dim=-1) @ v[:, :, : k.shape[2] - padding]
     out = attn.norm(out.transpose(1, 2).reshape(b, num_out, width))
     if attn.gate is not None:
         out = out * attn.gate(y[:, :num_out]).sigmoid()

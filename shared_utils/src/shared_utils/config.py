@@ -4,51 +4,35 @@ A configuration is a frozen, keyword-only dataclass of plain values and of furth
 (its groups). A recipe is an instance. Help texts are the strings under the fields (read by tyro).
 """
 
+import argparse
 import contextlib
 import dataclasses
+import inspect
 import io
 import json
-import math
+import os
 import re
-import types
-import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import tyro
 
-from shared_utils.atomic import write_text
-from shared_utils.errors import InputError, MissingFileError, near_miss
+from shared_utils.checkpoint import reading, write_text
+from shared_utils.errors import InputError, near_miss
 
 C = TypeVar("C")
-KINDS = {
-    float: "a number",
-    int: "a whole number",
-    str: "a text",
-    bool: "true or false",
-    Path: "a path",
-}
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Nested plain data (dict, list, str, number, bool, None) that JSON can hold.
+    """Nested plain data that JSON can hold. Raises: InputError on NaN or an infinity."""
 
-    Raises: InputError on NaN or an infinity, which JSON does not have.
-    """
-    result: dict[str, Any] = _plain(config, "")
-    return result
+    def refuse(constant: str) -> None:
+        raise InputError("config", constant, "finite numbers", "correct it")
 
-
-def _plain(value: Any, where: str) -> Any:
-    if dataclasses.is_dataclass(value):
-        names = [field.name for field in dataclasses.fields(value)]
-        return {n: _plain(getattr(value, n), f"{where}.{n}".lstrip(".")) for n in names}
-    if isinstance(value, list | tuple):
-        return [_plain(v, where) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        raise InputError(where, value, "a finite number", "correct it")
-    return str(value) if isinstance(value, Path) else value
+    text = json.dumps(dataclasses.asdict(config), default=os.fspath)
+    return cast(dict[str, Any], json.loads(text, parse_constant=refuse))
 
 
 def from_dict(cls: type[C], data: Mapping[str, Any], where: str = "config") -> C:
@@ -57,52 +41,40 @@ def from_dict(cls: type[C], data: Mapping[str, Any], where: str = "config") -> C
     Raises: InputError on an unknown or missing key or a value of another type; the message names
         the key with its path below `where`.
     """
-    hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    hints = get_type_hints(cls)
     for key in data:
-        if key not in fields:
+        if key not in hints:
             raise InputError(
-                f"{where}.{key}", "an unknown key", "a known one", near_miss(key, fields)
+                f"{where}.{key}", "an unknown key", "a known one", near_miss(key, hints)
             )
-    values = {}
-    for name, field in fields.items():
-        if name in data:
-            values[name] = _convert(hints[name], data[name], f"{where}.{name}")
-        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            raise InputError(f"{where}.{name}", "nothing", "a value", "add the key")
-    return cls(**values)
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        is_required = {field.default, field.default_factory} == {dataclasses.MISSING}
+        if is_required and field.name not in data:
+            raise InputError(f"{where}.{field.name}", "nothing", "a value", "add the key")
+    return cls(**{key: _convert(hints[key], data[key], f"{where}.{key}") for key in data})
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
     origin, args = get_origin(hint), get_args(hint)
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type) and isinstance(value, Mapping):
-        return from_dict(hint, value, where)
-    if origin in (Union, types.UnionType):
+    if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+        return from_dict(cast(type[Any], hint), value, where)
+    if origin in (Union, UnionType):
         for kind in args:
             with contextlib.suppress(InputError):
                 return _convert(kind, value, where)
-    elif origin is tuple and isinstance(value, list | tuple):
-        kinds = [args[0]] * len(value) if Ellipsis in args else args
+    if origin is tuple and isinstance(value, list):
+        kinds = args[:1] * len(value) if Ellipsis in args else args
         if len(kinds) == len(value):
-            pairs = enumerate(zip(kinds, value, strict=True))
-            return tuple(_convert(kind, v, f"{where}[{i}]") for i, (kind, v) in pairs)
-    elif origin is Literal and value in args:
+            return tuple(_convert(k, v, where) for k, v in zip(kinds, value, strict=True))
+    if (hint, type(value)) in ((Path, str), (float, int)):
+        return hint(value)
+    if type(value) is hint or (origin is Literal and value in args):
         return value
-    elif hint is Path and isinstance(value, str | Path):
-        return Path(value)
-    elif hint is float and type(value) in (int, float):
-        return float(value)
-    elif type(value) is hint:
-        return value
-    raise InputError(where, repr(value), _expected(hint), "correct it")
+    raise InputError(where, repr(value), _name_of(hint), "correct it")
 
 
-def _expected(hint: Any) -> str:
-    if get_origin(hint) is Literal:
-        return "one of " + ", ".join(map(str, get_args(hint)))
-    return KINDS.get(hint) or "a value of type " + (
-        hint.__name__ if type(hint) is type else str(hint)
-    )
+def _name_of(hint: Any) -> str:
+    return inspect.formatannotation(hint).replace("Literal", "one of ")
 
 
 def save_json(config: Any, path: Path) -> None:
@@ -111,18 +83,10 @@ def save_json(config: Any, path: Path) -> None:
 
 
 def load_json(cls: type[C], path: Path) -> C:
-    """Read a configuration back, strictly.
-
-    Raises: MissingFileError; InputError where the file is no JSON or does not fit `cls`.
-    """
-    if not path.is_file():
-        raise MissingFileError(str(path), "no such file", "a saved configuration", "check the path")
-    try:
+    """Read it back. Raises: MissingFileError; InputError where it is no JSON or does not fit."""
+    with reading(path, "a saved configuration"):
         data = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise InputError(str(path), f"no JSON ({error})", "JSON", "restore the file") from error
-    result: C = _convert(cls, data, str(path))
-    return result
+    return cast(C, _convert(cls, data, str(path)))
 
 
 def parse(
@@ -134,45 +98,39 @@ def parse(
         fit, or what the class itself finds wrong. SystemExit(0) after `--help`.
     """
     options = _options(cls)
-    start = {} if default is None else {"default": default}
+    start = tyro.MISSING_NONPROP if default is None else default
     told = io.StringIO()
     try:
         with contextlib.redirect_stderr(told):
             config, unknown = tyro.cli(
-                cls, args=argv, prog=prog, description=about, return_unknown_args=True, **start
+                cls,
+                prog=prog,
+                description=about,
+                args=argv,
+                default=start,
+                return_unknown_args=True,
             )
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise _explain(stop, told.getvalue(), options, argv, prog) from None
-    if unknown and unknown[0].startswith("-"):
-        flag = unknown[0].split("=")[0]
+        cause: BaseException | None = stop
+        while cause is not None:
+            if isinstance(cause, InputError):  # raised by the class, and wrapped by tyro
+                raise cause from None
+            cause = cause.__cause__ or cause.__context__
+        # In tyro's box: the flag, and the wrong value as 'x' or ['x', 'y'].
+        flag = next((f for f in re.findall(r"--[\w.-]*\w", told.getvalue()) if f in options), "")
+        got = re.search(r"\[.*?\]|'[^-].*?'", told.getvalue())
+        expected, do = options.get(flag, "valid options"), f"see {prog} --help"
+        raise InputError(
+            flag or "command line", got[0] if got else "nothing", expected, do
+        ) from None
+    for word in unknown:
+        flag = word.split("=")[0]
         do = near_miss(flag.replace("_", "-"), options)
-        raise InputError(flag, "an unknown option", "a known one", do)
-    if unknown:
-        do = f"remove it or see {prog} --help"
-        raise InputError("command line", f"'{unknown[0]}'", "options that start with --", do)
-    to_dict(config)  # no NaN may pass: it is neither smaller nor larger than a limit
-    return config
-
-
-def _explain(
-    stop: SystemExit, told: str, options: Mapping[str, Any], argv: Sequence[str], prog: str
-) -> InputError:
-    """The error behind tyro's exit: one raised by the class, or about the first flag it names."""
-    cause: BaseException | None = stop
-    while cause is not None:
-        if isinstance(cause, InputError):
-            return cause
-        cause = cause.__cause__ or cause.__context__
-    flag = next((word for word in re.findall(r"--[\w.-]*\w", told) if word in options), "")
-    if not flag:
-        text = " ".join(re.sub(r"[│╭╮╰╯─]", " ", told).split())
-        return InputError("command line", text, "valid options", f"see {prog} --help")
-    got = " ".join(_values_of(flag, argv))
-    return InputError(
-        flag, f"'{got}'" if got else "nothing", _expected(options[flag]), "correct it"
-    )
+        raise InputError(flag, "no option of this command", "a known one", do)
+    to_dict(config)  # no NaN may pass: it is neither below nor above a limit
+    return cast(C, config)
 
 
 def parse_recipe(
@@ -184,65 +142,42 @@ def parse_recipe(
         the configuration.
     """
     first, *_ = recipes
-    cls = type(recipes[first])
-    names = ", ".join(recipes)
-    if argv and argv[0] in ("-h", "--help"):
-        lines = [f"  {name:<18} {getattr(recipe, 'about', '')}" for name, recipe in recipes.items()]
-        about = "\n".join(
-            [
-                f"{about}\nTo go on with a run: {prog} --resume RUN [OPTIONS]\n\nrecipes:",
-                *lines,
-                f"\nThe defaults below are those of {first}.",
-            ]
+    name, *options = argv or ("",)
+    if name in ("-h", "--help"):
+        about += f"\nTo go on with a run: {prog} --resume RUN [OPTIONS]\n\nrecipes:\n"
+        about += "".join(f"  {n:<18} {getattr(r, 'about', '')}\n" for n, r in recipes.items())
+        about += f"\nThe defaults below are those of {first}."
+        parse(
+            type(recipes[first]), argv, prog=f"{prog} RECIPE", default=recipes[first], about=about
         )
-        parse(cls, argv, prog=f"{prog} RECIPE", default=recipes[first], about=about)
-    name, options = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("", argv)
-    if name and name not in recipes:
-        raise InputError("recipe", f"'{name}'", "a known recipe", near_miss(name, recipes))
-    if resumed := "".join(_values_of("--resume", options)[:1]):
-        start = load_json(cls, Path(resumed) / "config.json")
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--resume", nargs="?")
+    if run := finder.parse_known_args(argv)[0].resume:
+        start = load_json(type(recipes[first]), Path(run) / "config.json")
         stored = str(getattr(start, "recipe", ""))
-        if name and stored != name:
-            got = f"'{stored}', the recipe of {resumed}"
-            raise InputError("recipe", f"'{name}'", got, "leave the recipe out with --resume")
-        return stored, parse(cls, options, prog=prog, default=start, about=about)
-    if not name:
-        got = f"'{argv[0]}'" if argv else "nothing"
-        raise InputError("recipe", got, f"one of {names} first", f"try {prog} {first}")
-    return name, parse(cls, options, prog=f"{prog} {name}", default=recipes[name], about=about)
+        if name.startswith("-"):
+            name, options = stored, argv
+        if name != stored:
+            do = "leave the recipe out with --resume"
+            raise InputError("recipe", f"'{name}'", f"'{stored}', the recipe of {run}", do)
+        return name, parse(type(start), options, prog=prog, default=start, about=about)
+    if name not in recipes:
+        do = f"{near_miss(name, recipes)}; e.g. {prog} {first}"
+        raise InputError("recipe", f"'{name}'", "a known recipe first", do)
+    return name, parse(
+        type(recipes[first]), options, prog=f"{prog} {name}", default=recipes[name], about=about
+    )
 
 
-def _values_of(flag: str, argv: Sequence[str]) -> list[str]:
-    """The words that follow the last `flag` (or `flag=`) up to the next option."""
-    values: list[str] = []
-    taking = False
-    for word in argv:
-        if word.startswith("--"):
-            name, equals, value = word.partition("=")
-            taking = name.replace("_", "-") == flag
-            if taking:
-                values = [value] if equals else []
-        elif taking:
-            values.append(word)
-    return values
-
-
-def _options(cls: Any, prefix: str = "--") -> dict[str, Any]:
-    """Every flag of a configuration class with the type of its value.
-
-    A group marked `tyro.conf.arg(name="")` adds nothing to the flags of its fields.
-    """
-    options: dict[str, Any] = {}
-    for name, hint in typing.get_type_hints(cls, include_extras=True).items():
-        marks = getattr(hint, "__metadata__", ())
-        if any(mark is tyro.conf.Suppress or mark is tyro.conf.Fixed for mark in marks):
-            continue
-        kind = get_args(hint)[0] if marks else hint
+def _options(cls: Any, prefix: str = "--") -> dict[str, str]:
+    """Every flag with the name of its type; `tyro.conf.arg(name="")` leaves out a group's name."""
+    options: dict[str, str] = {}
+    for name, hint in get_type_hints(cls, include_extras=True).items():
+        kind, *marks = get_args(hint) if hasattr(hint, "__metadata__") else [hint]
+        flag = f"{prefix}{name}".replace("_", "-")
         if dataclasses.is_dataclass(kind):
-            bare = any(getattr(mark, "name", None) == "" for mark in marks)
-            options |= _options(kind, prefix if bare else f"{prefix}{name}.".replace("_", "-"))
-            continue
-        options[f"{prefix}{name}".replace("_", "-")] = kind
-        if kind is bool:
-            options[f"{prefix}no-{name}".replace("_", "-")] = kind
+            is_bare = any(getattr(mark, "name", None) == "" for mark in marks)
+            options |= _options(kind, prefix if is_bare else f"{flag}.")
+        elif tyro.conf.Suppress not in marks:
+            options[flag] = _name_of(kind)
     return options

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-NAMES_LISTED = 12  # more than these make the line unreadable
 
 
 class InputError(ValueError):
@@ -23,12 +22,10 @@ class InputError(ValueError):
 
     def __init__(self, field: str, got: object = "", expected: str = "", do: str = "") -> None:
         """Word the message from its four parts; `do` is the remedy."""
-        if expected:
-            lines = f"{field}: got {got}, expected {expected}; {do}".splitlines()
-            text = " ".join(line.strip() for line in lines if line.strip())
-        else:
+        text = f"{field}: got {got}, expected {expected}; {do}"
+        if not expected:
             text = field.splitlines()[-1].removeprefix(f"{__name__}.{type(self).__name__}: ")
-        super().__init__(text)
+        super().__init__(" ".join(line.strip() for line in text.splitlines() if line.strip()))
         self.field = text.partition(": got ")[0]
 
 
@@ -36,13 +33,8 @@ class MissingFileError(InputError, FileNotFoundError):
     """A file or folder that the user named is not there."""
 
 
-class Interrupted(KeyboardInterrupt):  # noqa: N818 - it is a KeyboardInterrupt, not an error
-    """The run was stopped by the user after its state was saved; `hint` resumes it."""
-
-    def __init__(self, hint: str) -> None:
-        """Keep the command line that goes on."""
-        super().__init__(hint)
-        self.hint = hint
+class Interrupted(KeyboardInterrupt):
+    """The run was stopped by the user after its state was saved; the text is what resumes it."""
 
 
 def near_miss(word: str, known: Iterable[str]) -> str:
@@ -50,8 +42,7 @@ def near_miss(word: str, known: Iterable[str]) -> str:
     names = sorted(known)
     if close := get_close_matches(word, names, n=1, cutoff=0.6):
         return f"did you mean '{close[0]}'?"
-    more = f" and {len(names) - NAMES_LISTED} more" if len(names) > NAMES_LISTED else ""
-    return f"there are {', '.join(names[:NAMES_LISTED])}{more}"
+    return f"there are {', '.join(names[:12])}" + f" and {len(names) - 12} more" * (len(names) > 12)
 
 
 def run_main(body: Callable[[], None]) -> int:
@@ -61,22 +52,23 @@ def run_main(body: Callable[[], None]) -> int:
     """
     try:
         body()
+        return 0
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except Interrupted as stop:
-        print(f"\ninterrupted, state saved; go on with: {stop.hint}", file=sys.stderr)
-        return 130
-    except KeyboardInterrupt:
-        print("\ninterrupted before anything was there to save; start again", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        saved = f"state saved; go on with: {stop}"
+        lost = "before anything was there to save; start again"
+        print("\ninterrupted,", saved if isinstance(stop, Interrupted) else lost, file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader of our output (`| head`) went away: not an error, but stdout is unusable now.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise
-        full = InputError("disk", "a full one", "room to write", "free some space and try again")
-        print(f"error: {full}", file=sys.stderr)
+        print(
+            "error: disk: got a full one, expected room; free some and try again", file=sys.stderr
+        )
         return 2
-    return 0

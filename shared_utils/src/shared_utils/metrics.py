@@ -14,10 +14,5 @@ def classification_metrics(num_classes: int) -> MetricCollection:
 
     Feed with logits (B, C) and int64 targets (B,); `compute()` gives a dict of scalars.
     """
-    kinds = {"top1": 1, "top5": 5} if num_classes >= TOP5_FROM else {"top1": 1}
-    return MetricCollection(
-        {
-            name: MulticlassAccuracy(num_classes=num_classes, top_k=k, average="micro")
-            for name, k in kinds.items()
-        }
-    )
+    ks = (1, 5) if num_classes >= TOP5_FROM else (1,)
+    return MetricCollection({f"top{k}": MulticlassAccuracy(num_classes, k, "micro") for k in ks})
