@@ -328,8 +328,8 @@ def lengths_in_blocks(vit: Any, run: Callable[[], Any]) -> list[int]:
             False,
             [17, 17, 1],
         ),  # prompts add no token; the last block does CLS only
-        ("class_token", "kv", True, [17, 17, 1]),
-        ("class_token", "both", True, [20, 20, 1]),
+        ("class_token", "kv", True, [17, 17, 17]),
+        ("class_token", "both", True, [20, 20, 20]),
         ("class_token", "both_shallow", False, [20, 20, 1]),
         ("registers", "both", False, [21, 21, 1]),
         ("avg_with_class_token", "both", False, [17, 17, 17]),
@@ -476,6 +476,9 @@ def test_attention_dropout_acts_where_the_backbone_trains(fused: bool) -> None:
 )
 def test_autocast_bf16_stays_near_float32(family: str, token_form: bool) -> None:
     vit, x = build(family).float(), images_for(family).float()
+    with torch.no_grad():  # logits of a trained network's size, so that rounding stays small
+        for parameter in vit.parameters():
+            parameter.mul_(0.4 if parameter.ndim == 2 else 1)
     model = prompted(vit, num_visual_prompts=3, num_kv_prompts=2, share_kv=False)
     with_token_form(model.float(), token_form)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -495,10 +498,10 @@ def test_autocast_bf16_stays_near_float32(family: str, token_form: bool) -> None
         logits, got, gradients = run()
     assert logits.dtype == torch.bfloat16
     assert torch.isfinite(got).all()
-    assert ((got - expected).norm() / expected.norm()).item() < 3e-2
+    assert ((got - expected).norm() / expected.norm()).item() < 2e-2
     for name, gradient in gradients.items():
         error = (gradient - expected_gradients[name]).norm() / expected_gradients[name].norm()
-        assert error.item() < 0.1, name  # also false for nan
+        assert error.item() < 0.05, name  # also false for nan
 
 
 def check_compiled(backend: str, token_form: bool) -> None:

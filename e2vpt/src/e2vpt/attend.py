@@ -1,10 +1,10 @@
 """Scaled dot-product attention, chosen for how prompts use it.
 
 On a GPU and in full precision this is torch's `scaled_dot_product_attention`. In bf16 and fp16 on a
-CPU two things cost a factor of two there (measured with torch 2.13 on AMX: 197 queries, 12 heads):
-a number of key rows that is no multiple of 16 (302 rows 14 ms, 304 rows 6.4 ms), which prompts
-bring about, and the fused backward pass (252 rows, forward and backward: 56 ms, as plain matrix products
-28 ms). So the rows are padded and masked, and for training the products are written out.
+CPU two things cost a factor of two (torch 2.13, one AMX core, batch 8, 197 queries, 12 heads):
+a number of key rows that is no multiple of 16, which prompts bring about (302 rows 14 ms, 304 rows
+6.4 ms), and the fused backward pass (252 rows, forward and backward, 56 ms; as plain matrix
+products 28 ms). So the rows are padded and masked, and for training the products are written out.
 
 Shapes: B batch, H heads, N queries, M key rows, d_h width of a head.
 """
@@ -31,7 +31,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float, padding: int = 0) -
 
     Args:
         q: (B, H, N, d_h).
-        k: (B, H, M, d_h), v likewise.
+        k: (B, H, M, d_h).
+        v: (B, H, M, d_h).
         scale: factor of the logits.
         padding: the last so many rows of k and v get no weight.
 
@@ -39,7 +40,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float, padding: int = 0) -
     """
     is_low = q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16)
     if is_low and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
-        out: Tensor = _Attend.apply(q, k, v, scale, padding)
+        out: Tensor = _Attend.apply(q, k, v, scale, padding)  # type: ignore[no-untyped-call]
         return out
     return F.scaled_dot_product_attention(q, k, v, attn_mask=_mask(k, padding), scale=scale)
 
@@ -69,7 +70,7 @@ class _Attend(torch.autograd.Function):
         return weights @ v
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, weights = ctx.saved_tensors
         grad_v = weights.transpose(-2, -1) @ grad

@@ -103,8 +103,9 @@ def _pretrain(argv: Sequence[str]) -> None:
 def _evaluate(argv: Sequence[str]) -> None:
     cfg = parse(EvaluateConfig, argv, prog="e2vpt evaluate", about=EvaluateConfig.__doc__ or "")
     from e2vpt import model_io
-    from e2vpt.config import TrainConfig, launch_fabric
+    from e2vpt.config import TrainConfig
     from e2vpt.data import load_data
+    from e2vpt.devices import launch_fabric
     from e2vpt.evaluate import evaluate
     from e2vpt.model import load_tuned_state
     from shared_utils import checkpoint

@@ -1,16 +1,10 @@
 """Configuration of E²VPT's commands: frozen dataclasses, checked when built."""
 
-import os
-import platform
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import timm
-import torch
 import tyro
-from lightning.fabric import Fabric
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from e2vpt.optim import OptimizerName, Schedule
 from shared_utils.errors import InputError
@@ -183,49 +177,3 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: Annotated[RunConfig, tyro.conf.arg(name="")] = field(default_factory=RunConfig)
-
-
-def launch_fabric(run: RunConfig) -> Fabric:
-    """Devices, precision and processes of a run; under torchrun their count is the launcher's.
-
-    Raises: InputError where this machine does not have them.
-    """
-    try:
-        fabric = Fabric(
-            accelerator=run.accelerator,
-            devices=int(os.environ.get("LOCAL_WORLD_SIZE", run.devices)),
-            num_nodes=run.num_nodes,
-            precision=run.precision,
-        )
-    except (RuntimeError, MisconfigurationException) as error:
-        raise InputError(
-            "accelerator and devices",
-            f"{run.accelerator} and {run.devices} ({str(error).rstrip('.!')})",
-            "what this machine has",
-            "leave them out",
-        ) from error
-    fabric.launch()
-    return fabric
-
-
-def run_facts(fabric: Fabric) -> dict[str, Any]:
-    """The part of `result.json` that says what it ran on."""
-    if fabric.device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated(fabric.device)
-    else:
-        import resource
-
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {
-        "peak_memory_bytes": int(memory),
-        "device": torch.cuda.get_device_name(fabric.device)
-        if fabric.device.type == "cuda"
-        else "cpu",
-        "precision": str(fabric._precision.precision),
-        "processes": fabric.world_size,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "timm": timm.__version__,
-        },
-    }

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from e2vpt.augmentation import MEAN, STD, augment, cutmix, normalize
-from e2vpt.config import launch_fabric, run_facts
+from e2vpt.devices import launch_fabric, run_facts
 from e2vpt.interrupts import uninterrupted
 from e2vpt.micro_vit import IMG_SIZE, build_micro_vit
 from e2vpt.optim import build_optimizer, lr_at, set_lr

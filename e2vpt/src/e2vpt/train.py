@@ -16,8 +16,9 @@ from torch.nn import functional as F
 
 from e2vpt import model_io, pictures
 from e2vpt.backbones import Backbone, load_backbone
-from e2vpt.config import ModelConfig, TrainConfig, launch_fabric, run_facts
+from e2vpt.config import ModelConfig, TrainConfig
 from e2vpt.data import DataSplits, ImageSet, build_loader, load_data
+from e2vpt.devices import launch_fabric, run_facts
 from e2vpt.evaluate import evaluate, predict_set
 from e2vpt.model import PromptedModel, PromptSpec, load_tuned_state, parameter_report, tuned_state
 from e2vpt.optim import build_optimizer, lr_at, set_lr

@@ -23,8 +23,6 @@ from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from shared_utils.errors import DISK_FULL, InputError, MissingFileError
 
-FOLDER_BIT = 0x10  # of a zip entry; torch leaves the memory of such an entry unset, without a word
-
 
 def save(state: Mapping[str, Any], path: Path) -> None:
     """Save plain data and tensors so that they open with `torch.load(weights_only=True)`.
@@ -47,8 +45,9 @@ def load(path: Path) -> dict[str, Any]:
     """
     with reading(path, "a checkpoint"):
         with zipfile.ZipFile(path) as archive:
-            folders = [i.filename for i in archive.infolist() if i.external_attr & FOLDER_BIT]
-            if damaged := archive.testzip() or "".join(folders):
+            # Of an entry marked as a folder (0x10) torch would read nothing, without a word.
+            folders = [entry for entry in archive.infolist() if entry.external_attr & 0x10]
+            if damaged := archive.testzip() or folders:
                 raise zipfile.BadZipFile(f"checksum or header of {damaged}")
         return dict(torch.load(path, map_location="cpu", weights_only=True))
 
@@ -68,10 +67,7 @@ def load_last(path: Path) -> tuple[dict[str, Any], str]:
 
 
 def save_weights(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
-    """Save deployable weights as safetensors, whole or not at all. Tensors may share memory.
-
-    Raises: InputError where the disk is full; a file already there stays as it was.
-    """
+    """Save safetensors whole or not at all; tensors may share memory. Raises: see `write_text`."""
     own = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
     with _replacing(path) as file:
         file.write(safetensors_bytes(own, dict(metadata)))
@@ -123,7 +119,7 @@ def reading(path: Path, what: str) -> Iterator[None]:
         got, do = "more than tensors and plain data", "do not open it; get its state dict alone"
         raise InputError(str(path), got, f"{what} that opens weights-only", do) from error
     except Exception as error:  # zipfile and torch alone raise seven types on changed bytes
-        got, do = f"a file cut off or damaged ({error})", "restore it or start a new run"
+        got, do = f"a damaged or unreadable file ({error})", "restore it or start a new run"
         raise InputError(str(path), got, what, do) from error
 
 
@@ -131,8 +127,8 @@ def reading(path: Path, what: str) -> Iterator[None]:
 def _replacing(path: Path, keep_previous: bool = False) -> Iterator[BinaryIO]:
     """Yield a file to write; when the body is done it is `path`, and on an error nothing changed.
 
-    It is on the disk before it gets its name. The previous file gets its other name only then, so
-    one of the two is good at every moment, even where `path` was damaged before.
+    It is on the disk before it gets its name. With `keep_previous` the file before it becomes
+    `.prev` only then: one of the two is good at every moment, even where `path` was damaged.
     """
     # Fixed names: what a kill leaves behind is written over by the next save.
     temporary, kept = (path.with_name(f".{path.name}.{end}") for end in ("tmp", "old"))
@@ -141,8 +137,8 @@ def _replacing(path: Path, keep_previous: bool = False) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        kept.unlink(missing_ok=True)
         if keep_previous and path.is_file():
-            kept.unlink(missing_ok=True)
             try:
                 os.link(path, kept)
             except OSError:  # a file system without hard links

@@ -26,30 +26,19 @@ C = TypeVar("C")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Nested plain data that JSON can hold. Raises: InputError on NaN or an infinity."""
-
-    def refuse(constant: str) -> None:
-        raise InputError("config", constant, "finite numbers", "correct it")
-
+    """Nested plain data (dict, list, str, number, bool, None), as JSON holds it."""
     text = json.dumps(dataclasses.asdict(config), default=os.fspath)
-    return cast(dict[str, Any], json.loads(text, parse_constant=refuse))
+    return cast(dict[str, Any], json.loads(text))
 
 
 def from_dict(cls: type[C], data: Mapping[str, Any], where: str = "config") -> C:
-    """Build `cls` from plain data.
-
-    Raises: InputError on an unknown or missing key or a value of another type; the message names
-        the key with its path below `where`.
-    """
+    """Build `cls` from plain data. Raises: InputError naming an unknown, missing or wrong key."""
     hints = get_type_hints(cls)
-    for key in data:
-        if key not in hints:
-            raise InputError(
-                f"{where}.{key}", "an unknown key", "a known one", near_miss(key, hints)
-            )
+    for key in sorted(data.keys() - hints.keys()):
+        raise InputError(f"{where}.{key}", "an unknown key", "a known one", near_miss(key, hints))
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
-        is_required = {field.default, field.default_factory} == {dataclasses.MISSING}
-        if is_required and field.name not in data:
+        has_default = {field.default, field.default_factory} != {dataclasses.MISSING}
+        if field.name not in data and not has_default:
             raise InputError(f"{where}.{field.name}", "nothing", "a value", "add the key")
     return cls(**{key: _convert(hints[key], data[key], f"{where}.{key}") for key in data})
 
@@ -62,7 +51,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         for kind in args:
             with contextlib.suppress(InputError):
                 return _convert(kind, value, where)
-    if origin is tuple and isinstance(value, list):
+    if origin is tuple and isinstance(value, list | tuple):
         kinds = args[:1] * len(value) if Ellipsis in args else args
         if len(kinds) == len(value):
             return tuple(_convert(k, v, where) for k, v in zip(kinds, value, strict=True))
@@ -70,11 +59,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return hint(value)
     if type(value) is hint or (origin is Literal and value in args):
         return value
-    raise InputError(where, repr(value), _name_of(hint), "correct it")
-
-
-def _name_of(hint: Any) -> str:
-    return inspect.formatannotation(hint).replace("Literal", "one of ")
+    expected = inspect.formatannotation(hint).replace("Literal", "one of ")
+    raise InputError(where, repr(value), expected, "correct it")
 
 
 def save_json(config: Any, path: Path) -> None:
@@ -97,40 +83,31 @@ def parse(
     Raises: InputError for an unknown flag (with the nearest known one), a value that does not
         fit, or what the class itself finds wrong. SystemExit(0) after `--help`.
     """
-    options = _options(cls)
     start = tyro.MISSING_NONPROP if default is None else default
     told = io.StringIO()
     try:
         with contextlib.redirect_stderr(told):
-            config, unknown = tyro.cli(
-                cls,
-                prog=prog,
-                description=about,
-                args=argv,
-                default=start,
-                return_unknown_args=True,
-            )
+            return tyro.cli(cls, prog=prog, description=about, args=argv, default=start)
     except SystemExit as stop:
+        cause: BaseException | None = stop
+        while cause is not None and not isinstance(cause, InputError):
+            cause = cause.__cause__ or cause.__context__
         if not stop.code:
             raise
-        cause: BaseException | None = stop
-        while cause is not None:
-            if isinstance(cause, InputError):  # raised by the class, and wrapped by tyro
-                raise cause from None
-            cause = cause.__cause__ or cause.__context__
-        # In tyro's box: the flag, and the wrong value as 'x' or ['x', 'y'].
-        flag = next((f for f in re.findall(r"--[\w.-]*\w", told.getvalue()) if f in options), "")
-        got = re.search(r"\[.*?\]|'[^-].*?'", told.getvalue())
-        expected, do = options.get(flag, "valid options"), f"see {prog} --help"
-        raise InputError(
-            flag or "command line", got[0] if got else "nothing", expected, do
-        ) from None
-    for word in unknown:
-        flag = word.split("=")[0]
-        do = near_miss(flag.replace("_", "-"), options)
-        raise InputError(flag, "no option of this command", "a known one", do)
-    to_dict(config)  # no NaN may pass: it is neither below nor above a limit
-    return cast(C, config)
+        # The class's own error, which tyro wraps, or what tyro says of a word on the command line.
+        raise cause or _reworded(told.getvalue(), f"see {prog} --help") from None
+
+
+def _reworded(box: str, do: str) -> InputError:
+    text = " ".join(re.sub("[│╭╮╰╯─]", " ", box).split())
+    if unknown := re.search(r"Unrecognized options: ([^ ,=]+)(?:.*? meant: (\S+))?", text):
+        do = f"did you mean '{unknown[2]}'?" if unknown[2] else do
+        return InputError(unknown[1], "an unknown option", "a known one", do)
+    if flag := re.search(r"--[\w.-]*\w", text):
+        got = re.search(r"\[.*?\]|'[^-].*?'", text) or ["nothing"]
+        expected = re.search(r"(?<=helptext: )\S+ \S+|one of \(.*?\)", text) or ["a value"]
+        return InputError(flag[0], got[0], expected[0].removeprefix(f"{flag[0]} "), do)
+    return InputError("command line", text, "valid options", do)
 
 
 def parse_recipe(
@@ -142,42 +119,26 @@ def parse_recipe(
         the configuration.
     """
     first, *_ = recipes
+    cls = type(recipes[first])
     name, *options = argv or ("",)
     if name in ("-h", "--help"):
         about += f"\nTo go on with a run: {prog} --resume RUN [OPTIONS]\n\nrecipes:\n"
         about += "".join(f"  {n:<18} {getattr(r, 'about', '')}\n" for n, r in recipes.items())
         about += f"\nThe defaults below are those of {first}."
-        parse(
-            type(recipes[first]), argv, prog=f"{prog} RECIPE", default=recipes[first], about=about
-        )
+        parse(cls, argv, prog=f"{prog} RECIPE", default=recipes[first], about=about)
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--resume", nargs="?")
     if run := finder.parse_known_args(argv)[0].resume:
-        start = load_json(type(recipes[first]), Path(run) / "config.json")
+        start = load_json(cls, Path(run) / "config.json")
         stored = str(getattr(start, "recipe", ""))
         if name.startswith("-"):
-            name, options = stored, argv
+            name, options = stored, list(argv)
         if name != stored:
             do = "leave the recipe out with --resume"
             raise InputError("recipe", f"'{name}'", f"'{stored}', the recipe of {run}", do)
-        return name, parse(type(start), options, prog=prog, default=start, about=about)
-    if name not in recipes:
+    elif name in recipes:
+        start = recipes[name]
+    else:
         do = f"{near_miss(name, recipes)}; e.g. {prog} {first}"
         raise InputError("recipe", f"'{name}'", "a known recipe first", do)
-    return name, parse(
-        type(recipes[first]), options, prog=f"{prog} {name}", default=recipes[name], about=about
-    )
-
-
-def _options(cls: Any, prefix: str = "--") -> dict[str, str]:
-    """Every flag with the name of its type; `tyro.conf.arg(name="")` leaves out a group's name."""
-    options: dict[str, str] = {}
-    for name, hint in get_type_hints(cls, include_extras=True).items():
-        kind, *marks = get_args(hint) if hasattr(hint, "__metadata__") else [hint]
-        flag = f"{prefix}{name}".replace("_", "-")
-        if dataclasses.is_dataclass(kind):
-            is_bare = any(getattr(mark, "name", None) == "" for mark in marks)
-            options |= _options(kind, prefix if is_bare else f"{flag}.")
-        elif tyro.conf.Suppress not in marks:
-            options[flag] = _name_of(kind)
-    return options
+    return name, parse(cls, options, prog=f"{prog} {name}", default=start, about=about)

@@ -46,10 +46,7 @@ def near_miss(word: str, known: Iterable[str]) -> str:
 
 
 def run_main(body: Callable[[], None]) -> int:
-    """Run a command's body and return its exit status.
-
-    A full disk is the user's to mend wherever it shows, so it counts as wrong input too.
-    """
+    """Run a command's body; returns its exit status. A full disk counts as wrong input."""
     try:
         body()
         return 0

@@ -22,8 +22,8 @@ from rich.markup import escape
 from rich.progress import Progress
 from torch.utils.tensorboard import SummaryWriter
 
-from shared_utils.checkpoint import write_text
-from shared_utils.errors import InputError, MissingFileError
+from shared_utils.checkpoint import reading, write_text
+from shared_utils.errors import InputError
 
 PLAIN_LINE_SECONDS = 10.0
 ESTIMATE_SECONDS = 300.0  # the time left is judged by these last ones; the first steps are slow
@@ -52,9 +52,8 @@ def open_run(
         cannot be made; MissingFileError where the run to resume is not there.
     """
     if resume:
-        if not (Path(resume) / "config.json").is_file():
-            expected = "a run folder with config.json"
-            raise MissingFileError("--resume", resume, expected, f"look below {runs_dir}")
+        with reading(Path(resume), "a run folder with config.json"):
+            (Path(resume) / "config.json").stat()
         return Path(resume)
     if name != Path(name).name or name == "..":
         raise InputError("--name", name, "a plain name", "use --runs-dir for the place")
@@ -100,17 +99,14 @@ class RunLog:
             self._board = SummaryWriter(folder / "tensorboard", purge_step=purge_step, flush_secs=9)
 
     def log(self, step: int, epoch: int, values: Mapping[str, float]) -> None:
-        """Append one line: step, epoch, seconds since the run's start, and the values.
-
-        NaN and infinities become null in `metrics.jsonl`: JSON has neither.
-        """
+        """Append step, epoch, seconds since the run's start and the values; NaN becomes null."""
         if self.is_writer:
             row = {"step": step, "epoch": epoch, "seconds": time.perf_counter() - self._started}
-            finite = {n: float(v) if math.isfinite(v) else None for n, v in values.items()}
-            self._file.write(json.dumps(row | finite) + "\n")
+            finite = {name: float(v) for name, v in values.items() if math.isfinite(v)}
+            self._file.write(json.dumps(row | dict.fromkeys(values) | finite) + "\n")
             self._file.flush()
-            for name, value in values.items():
-                self._board.add_scalar(name, float(value), step)
+            for name, value in finite.items():
+                self._board.add_scalar(name, value, step)
 
     def say(self, text: str) -> None:
         """One line for the person at the terminal."""
@@ -166,12 +162,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def plot_curves(folder: Path, groups: Mapping[str, list[str]]) -> Path:
-    """Draw `curves.png`: one panel per group of metric names, over the step.
-
-    Args:
-        folder: run folder with `metrics.jsonl`.
-        groups: panel title -> names of the series; names without values are left out.
-    """
+    """Draw `curves.png` over the step: a panel per group, its title -> the names drawn in it."""
     from matplotlib.figure import Figure  # slow to import, and needed once at the end
 
     rows = read_metrics(folder)
@@ -189,10 +180,7 @@ def plot_curves(folder: Path, groups: Mapping[str, list[str]]) -> Path:
 
 
 def write_result(folder: Path, result: Mapping[str, Any]) -> None:
-    """Write `result.json`, adding the command and the seconds since the process was started.
-
-    NaN and infinities become null.
-    """
+    """Write `result.json`, adding command and `seconds_since_start`; NaN becomes null."""
     full = {**result, "command": sys.argv, "seconds": round(seconds_since_start(), 3)}
     finite = json.loads(json.dumps(full), parse_constant=lambda constant: None)
     write_text(json.dumps(finite, indent=2) + "\n", folder / "result.json")
