@@ -410,6 +410,34 @@ def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> Non
         model_of(plain(), **options)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"pool_prompts": True},
+        {"kv_init": "he"},
+        {"prompt_dropout": 1.0},
+        {"prompt_dim": -3},
+    ],
+)
+def test_a_refusal_leaves_the_backbone_alone(options: dict[str, Any]) -> None:
+    backbone = uneven(plain)
+    head = backbone.head
+    trains = {n: p.requires_grad for n, p in backbone.named_parameters()}
+    with pytest.raises(InputError):
+        model_of(backbone, **options)
+    assert backbone.head is head
+    assert {n: p.requires_grad for n, p in backbone.named_parameters()} == trains
+    assert not backbone.blocks[0].training
+    assert backbone.blocks[1].training
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_prompts_and_head_take_the_backbones_dtype(dtype: torch.dtype) -> None:
+    model = model_of(plain().to(dtype))
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    assert model(images().to(dtype)).dtype == dtype
+
+
 def test_pool_prompts_is_taken_by_an_average_pooling_backbone() -> None:
     assert model_of(micro(), pool_prompts=True).spec.pool_prompts
 
@@ -467,6 +495,12 @@ def test_remove_gives_the_backbone_back_as_it_was(
     assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in backbone.modules()] == hooks
     with torch.no_grad():
         assert torch.equal(backbone.eval()(images()), expected)
+
+
+def test_remove_after_a_change_of_dtype() -> None:
+    model = model_of(plain()).double()
+    backbone = remove(model)
+    assert backbone(images().double()).dtype == torch.float64
 
 
 def test_removed_backbone_can_be_prompted_again() -> None:
@@ -619,3 +653,19 @@ def test_kv_prompts_learn_what_a_linear_probe_does_not(seed: int) -> None:
     prompts = loss_after_training(seed, num_kv_prompts=4)
     assert linear > 0.1
     assert prompts < 0.2 * linear
+
+
+def test_models_may_share_a_backbone_and_it_comes_back_whole() -> None:
+    backbone = plain()
+    head, x = backbone.head, images()
+    expected = backbone.eval()(x)
+    first, second = model_of(backbone), model_of(backbone)
+    logits = second.eval()(x)
+    assert remove(first) is backbone
+    assert backbone.head is head
+    assert torch.equal(backbone(x), expected)
+    # Flags that are back change the last bits of torch's own linear layers.
+    torch.testing.assert_close(second(x), logits)
+    assert remove(second).head is head
+    with pytest.raises(InputError, match="prompts were removed"):
+        remove(second)

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 import pytest
 import tyro
+
 from shared_utils.config import (
     from_dict,
     load_json,
@@ -123,7 +124,7 @@ def test_tuples_are_converted_item_by_item():
         (Config, {"optim": {"lr": True}}, r"^config\.optim\.lr: got True, expected float; "),
         (Config, {"optim": {"epochs": 1.5}}, r"^config\.optim\.epochs: got 1.5, expected int; "),
         (Config, {"optim": {"epochs": True}}, r"^config\.optim\.epochs: got True, expected int; "),
-        (Config, {"optim": {"kind": "adam"}}, r"got 'adam', expected one of \['sgd', 'adamw'\]; "),
+        (Config, {"optim": {"kind": "adam"}}, r"got 'adam', expected one of sgd, adamw; "),
         (Config, {"optim": [1]}, r"^config\.optim: got \[1\], expected .*Optim; "),
         (Config, {"optim": {"lr": -1.0}}, r"^optim\.lr: got -1.0, expected more than 0; "),
         (Config, {"run": {"overwrite": 1}}, r"^config\.run\.overwrite: got 1, expected bool; "),
@@ -134,7 +135,7 @@ def test_tuples_are_converted_item_by_item():
         (
             Needy,
             {"need": 1, "pair": [1]},
-            r"^config\.pair: got \[1\], expected tuple\[int, str\]; ",
+            r"^config\.pair: got \(1,\), expected tuple\[int, str\]; ",
         ),
     ],
 )
@@ -188,7 +189,7 @@ def test_flags_change_the_default_and_nothing_else():
         ("--optim.lr", "--optim.lr: got nothing, expected a value; see p --help"),
         (
             "--optim.kind x",
-            "--optim.kind: got 'x', expected one of ('sgd', 'adamw'); see p --help",
+            "--optim.kind: got 'x', expected one of sgd, adamw; see p --help",
         ),
         ("foo", "foo: got an unknown option, expected a known one; see p --help"),
         ("--overwrite yes", "yes: got an unknown option, expected a known one; see p --help"),
@@ -218,7 +219,7 @@ def test_a_wrong_word_gives_exactly_one_clean_line(argv, message, capfd):
     [
         (["--size", "1", "x"], r"^--size: got \['1', 'x'\], expected \[INT.*; see p --help$"),
         (["--limit", "x"], r"^--limit: got \['x'\], expected {None}\|INT; see p --help$"),
-        (["--optim.kind", "word " * 40], r"^--optim\.kind: got 'word.*expected one of \('sgd', "),
+        (["--optim.kind", "word " * 40], r"^--optim\.kind: got 'word.*expected one of sgd, "),
         (["--optim.lr", "-3"], r"^optim\.lr: got -3\.0, expected more than 0; correct it$"),
         (["--nothing-like-it"], r"^--nothing-like-it: got an unknown option, "),
     ],

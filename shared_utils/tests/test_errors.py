@@ -5,8 +5,9 @@ import subprocess
 import sys
 
 import pytest
-from shared_utils.errors import InputError, Interrupted, MissingFileError, near_miss, run_main
 from torch.utils.data import DataLoader, Dataset
+
+from shared_utils.errors import InputError, Interrupted, MissingFileError, near_miss, run_main
 
 
 def test_an_error_is_worded_from_its_four_parts():

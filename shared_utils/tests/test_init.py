@@ -6,6 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
+
 import shared_utils
 
 MODULES = sorted(path.stem for path in Path(shared_utils.__file__).parent.glob("[a-z]*.py"))

@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from shared_utils.metrics import classification_metrics
 
 

@@ -3,8 +3,9 @@ import random
 import numpy as np
 import pytest
 import torch
-from shared_utils.seeding import seed_all, seed_worker
 from torch.utils.data import DataLoader, Dataset
+
+from shared_utils.seeding import seed_all, seed_worker
 
 
 @pytest.fixture(autouse=True)

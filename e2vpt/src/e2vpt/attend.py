@@ -26,7 +26,9 @@ def num_padding_rows(num_rows: int, like: Tensor) -> int:
     return -num_rows % ROW_MULTIPLE
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float, padding: int = 0) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, padding: int = 0, dropout: float = 0.0
+) -> Tensor:
     """softmax(scale Q Kᵀ) V.
 
     Args:
@@ -35,14 +37,17 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float, padding: int = 0) -
         v: (B, H, M, d_h).
         scale: factor of the logits.
         padding: the last so many rows of k and v get no weight.
+        dropout: share of the weights to drop; only a backbone that trains has any.
 
     Returns: (B, H, N, d_h).
     """
     is_low = q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16)
-    if is_low and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
+    if is_low and not dropout and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
         out: Tensor = _Attend.apply(q, k, v, scale, padding)  # type: ignore[no-untyped-call]
         return out
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=_mask(k, padding), scale=scale)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=_mask(k, padding), dropout_p=dropout, scale=scale
+    )
 
 
 def _mask(k: Tensor, padding: int) -> Tensor | None:

@@ -1,5 +1,6 @@
 """Configuration of E²VPT's commands: frozen dataclasses, checked when built."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -102,8 +103,8 @@ class DataConfig:
     """side of the square input in pixels (0: the backbone's own)"""
     resize: Literal["squash", "crop"] = "squash"
     """squash to the input size (VTAB), or short side to 256/224 of it, then crop (FGVC)"""
-    augment: Literal["none", "flip", "crop-flip"] = "none"
-    """training augmentation; crop-flip draws its crop at random (needs resize crop)"""
+    augment: Literal["none", "flip", "crop", "crop-flip"] = "none"
+    """training augmentation; crop draws its crop at random (needs resize crop), flip mirrors"""
     normalize: Literal["imagenet", "checkpoint", "none"] = "checkpoint"
     """pixel statistics: ImageNet's, those the backbone was trained with, or plain 0 to 1"""
     batch_size: int = 64
@@ -122,10 +123,10 @@ class DataConfig:
         for name in ("num_train", "num_val", "img_size", "num_workers", "limit"):
             if getattr(self, name) < 0:
                 raise InputError(f"data.{name}", getattr(self, name), "0 or more", "correct it")
-        if self.augment == "crop-flip" and self.resize != "crop":
+        if self.augment.startswith("crop") and self.resize != "crop":
             raise InputError(
                 "data.augment",
-                "crop-flip with data.resize squash",
+                f"{self.augment} with data.resize squash",
                 "data.resize crop",
                 "add --data.resize crop or use --data.augment flip",
             )
@@ -153,10 +154,10 @@ class OptimConfig:
     def __post_init__(self) -> None:
         """Check ranges."""
         for name in ("lr", "epochs"):
-            if getattr(self, name) <= 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"optim.{name}", getattr(self, name), "more than 0", "correct it")
         for name in ("weight_decay", "warmup_epochs"):
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"optim.{name}", getattr(self, name), "0 or more", "correct it")
         if self.warmup_epochs > self.epochs:
             raise InputError(

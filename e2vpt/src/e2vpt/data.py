@@ -36,7 +36,7 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
     Args:
         pool: the images and labels.
         preprocessing: resize, crop, normalise.
-        augment: none, flip or crop-flip, drawn anew in every epoch.
+        augment: none, flip, crop or crop-flip, drawn anew in every epoch.
         seed: of order and augmentation.
         cache: uint8 (3, h, w) per image, what `preprocessing.resized` gives, if held in memory.
     """

@@ -20,7 +20,7 @@ from torch import Tensor
 from shared_utils import config
 from shared_utils.errors import InputError
 
-Augment = Literal["none", "flip", "crop-flip"]
+Augment = Literal["none", "flip", "crop", "crop-flip"]
 Resize = Literal["squash", "crop"]
 
 IMAGE_SUFFIXES = frozenset(
@@ -171,17 +171,17 @@ class Preprocessing:
 
         Args:
             pixels: what `resized` gives.
-            kind: none (centre crop only), flip (and mirrored half the time), crop-flip (crop drawn
-                at random, and mirrored half the time).
+            kind: none (centre crop only), flip (and mirrored half the time), crop (drawn at
+                random), crop-flip (both).
             rng: all randomness comes from it.
         """
-        if kind == "crop-flip":
+        if kind in ("crop", "crop-flip"):
             top = int(rng.integers(pixels.shape[1] - self.img_size[0] + 1))
             left = int(rng.integers(pixels.shape[2] - self.img_size[1] + 1))
             pixels = self._crop(pixels, top, left)
         else:
             pixels = self.center_crop(pixels)
-        return pixels.flip(-1) if kind != "none" and rng.random() < 0.5 else pixels
+        return pixels.flip(-1) if kind.endswith("flip") and rng.random() < 0.5 else pixels
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""

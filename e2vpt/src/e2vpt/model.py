@@ -5,7 +5,7 @@ Paper: Han et al., E²VPT, ICCV 2023 (arXiv 2307.13770).
 
 import math
 from dataclasses import asdict, dataclass, replace
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,14 @@ class PromptSpec:
         for name in ("num_visual_prompts", "num_kv_prompts"):
             if getattr(self, name) < 0:
                 raise InputError(name, getattr(self, name), "0 or more", "correct it")
+        if self.prompt_dim < 0:
+            raise InputError("prompt_dim", self.prompt_dim, "0 or more", "correct it")
+        if not 0 <= self.prompt_dropout < 1:
+            raise InputError("prompt_dropout", self.prompt_dropout, "0 <= p < 1", "correct it")
+        if self.kv_init not in get_args(KVInit):
+            raise InputError(
+                "kv_init", repr(self.kv_init), "kaiming, trunc-normal or patch", "correct it"
+            )
         if self.backbone_trains not in ("none", "bias", "full"):
             raise InputError(
                 "backbone_trains", self.backbone_trains, "none, bias or full", "correct it"
@@ -83,13 +91,15 @@ class PromptedModel(nn.Module):
         g = self.geometry
         self.backbone: Any
         self.backbone = backbone
-        self._before = _Before(
-            head=cast(Any, backbone).head,
-            trains={n: p.requires_grad for n, p in backbone.named_parameters()},
-            modes={n: m.training for n, m in backbone.named_modules()},
-        )
         # The head is put aside, not kept as a submodule: it neither counts nor moves nor saves.
-        self.backbone.head = nn.Identity()
+        # The record stays with the backbone, which several models may share.
+        if not hasattr(backbone, "_before_prompts"):
+            self.backbone._before_prompts = _Before(
+                head=self.backbone.head,
+                trains={n: p.requires_grad for n, p in backbone.named_parameters()},
+                modes={n: m.training for n, m in backbone.named_modules()},
+            )
+            self.backbone.head = nn.Identity()
         for name, parameter in backbone.named_parameters():
             by_bias = spec.backbone_trains == "bias" and name.endswith("bias")
             parameter.requires_grad_(spec.backbone_trains == "full" or by_bias)
@@ -121,7 +131,8 @@ class PromptedModel(nn.Module):
         else:
             nn.init.normal_(self.head.weight, std=0.01)
             nn.init.zeros_(self.head.bias)
-        self.to(next(backbone.parameters()).device)
+        weight = next(backbone.parameters())
+        self.to(weight.device, weight.dtype)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "PromptedModel":
@@ -213,14 +224,21 @@ def remove(model: PromptedModel) -> nn.Module:
 
     Weights that were tuned (`full`, `bias`) stay tuned. The model must not be used any more.
     """
+    if not hasattr(model, "backbone"):
+        raise InputError(
+            "model", "one whose prompts were removed", "a prompted one", "build another"
+        )
     backbone = model.backbone
-    device = next(backbone.parameters()).device
-    backbone.head = model._before.head.to(device)
-    for name, parameter in backbone.named_parameters():
-        parameter.requires_grad_(model._before.trains[name])
-    for name, module in backbone.named_modules():
-        module.training = model._before.modes[name]
     del model.backbone
+    before: _Before | None = getattr(backbone, "_before_prompts", None)
+    if before is not None:  # None: given back already through another model that shared it
+        del backbone._before_prompts
+        weight = next(backbone.parameters())
+        backbone.head = before.head.to(weight.device, weight.dtype)
+        for name, parameter in backbone.named_parameters():
+            parameter.requires_grad_(before.trains.get(name, True))
+        for name, module in backbone.named_modules():
+            module.training = before.modes.get(name, module.training)
     return cast(nn.Module, backbone)
 
 
@@ -248,7 +266,7 @@ def parameter_report(model: PromptedModel) -> dict[str, float]:
 
 
 def tuned_state(model: PromptedModel) -> dict[str, Tensor]:
-    """What was trained, by name; buffers too where the whole backbone trains."""
+    """What was trained, by name; buffers too where the whole backbone trains. No copies."""
     state = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
     if model.spec.backbone_trains == "full":
         state |= {n: b.detach() for n, b in model.named_buffers()}

@@ -74,11 +74,13 @@ def lr_at(
             return peak * unit / warmup
     else:
         unit, warmup, total = step, warmup_epochs * steps_per_epoch, float(epochs * steps_per_epoch)
+        if schedule == "trapezoid":
+            descent = max(total - unit, 0.0) / (COOLDOWN_SHARE * total)
+            return peak * min(1.0, (unit + 1) / (warmup + 1), descent)
         if unit < warmup:
             return peak * (unit + 1) / (warmup + 1)
-    if schedule == "trapezoid":
-        return peak * min(1.0, (total - unit) / (COOLDOWN_SHARE * total))
-    return peak * 0.5 * (1 + math.cos(math.pi * (unit - warmup) / max(total - warmup, 1)))
+    done = min((unit - warmup) / max(total - warmup, 1), 1.0)
+    return peak * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

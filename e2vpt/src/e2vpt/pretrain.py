@@ -212,7 +212,7 @@ class _Pretraining:
                 epochs=cfg.optim.epochs,
                 warmup_epochs=cfg.optim.warmup_epochs,
             )
-            with uninterrupted():  # weights, moments, average and step belong together
+            with uninterrupted():  # weights, moments, average, step and log belong together
                 set_lr(self.optimizer, lr)
                 images, labels = self.train_set.pixels[chosen], self.train_set.labels[chosen]
                 loss = train_step(self.fabric, self.model, self.optimizer, images, labels, cfg)
@@ -221,12 +221,14 @@ class _Pretraining:
                     raise InputError("loss_ce", got, "a finite loss", self._remedy)
                 self.ema.update(self.network, step=self.step)
                 self.step += 1
-            bar.tick(f"loss {loss:.3f}")
-            if self.step % LOG_EVERY == 0:
-                now = time.perf_counter()
-                speed = (self.step - ticked) * cfg.data.batch_size / (now - tick)
-                log.log(self.step, epoch, {"loss_ce": loss, "lr": lr, "images_per_second": speed})
-                tick, ticked = now, self.step
+                bar.tick(f"loss {loss:.3f}")
+                if self.step % LOG_EVERY == 0:
+                    now = time.perf_counter()
+                    speed = (self.step - ticked) * cfg.data.batch_size / (now - tick)
+                    log.log(
+                        self.step, epoch, {"loss_ce": loss, "lr": lr, "images_per_second": speed}
+                    )
+                    tick, ticked = now, self.step
             if self.step % SAVE_EVERY == 0:
                 self._save()
 

@@ -1,5 +1,6 @@
 """Configuration of `e2vpt pretrain`: frozen dataclasses, checked when built."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -14,7 +15,7 @@ HEAD_DIM = 64
 
 
 def _at_least(least: float, field: str, value: float) -> None:
-    if value < least:
+    if not least <= value < math.inf:
         raise InputError(field, value, f"{least} or more", "correct it")
 
 
@@ -89,7 +90,7 @@ class PretrainOptim:
     def __post_init__(self) -> None:
         """Check ranges."""
         for name in ("lr", "epochs", "clip_norm"):
-            if getattr(self, name) <= 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"optim.{name}", getattr(self, name), "more than 0", "correct it")
         _at_least(0, "optim.weight_decay", self.weight_decay)
         for name in ("label_smoothing", "ema_decay"):

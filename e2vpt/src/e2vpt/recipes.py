@@ -5,12 +5,13 @@ from dataclasses import replace
 from e2vpt.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 
 # The embedded default: scikit-learn's real digits on the micro ViT, both inside the packages.
+# Prompts want large rates, and 800 images want crops. Expected: test_top1 0.93.
 DIGITS = TrainConfig(
     recipe="digits",
-    about="800 real digits on the shipped micro ViT; about 2 minutes on two cores",
-    model=ModelConfig(num_visual_prompts=20, num_kv_prompts=10),
-    data=DataConfig(source="digits", batch_size=32),
-    optim=OptimConfig(lr=0.05, epochs=25, warmup_epochs=2),
+    about="800 real digits on the shipped micro ViT; about 4 minutes on two cores",
+    model=ModelConfig(num_visual_prompts=25, num_kv_prompts=12, prompt_dropout=0.0),
+    data=DataConfig(source="digits", batch_size=32, resize="crop", augment="crop"),
+    optim=OptimConfig(lr=0.05, epochs=70, warmup_epochs=2),
 )
 
 # The protocol of the paper's code for VTAB-size sets, on any images: SGD, base rate x batch / 256.
@@ -31,7 +32,7 @@ MICRO = replace(
     DIGITS,
     recipe="images-micro",
     about="any image folder, CSV or packed set (--data.source) on the shipped micro ViT at 32x32",
-    data=DataConfig(source="images", batch_size=32, augment="flip"),
+    data=DataConfig(source="images", batch_size=32, resize="crop", augment="crop-flip"),
 )
 
 RECIPES = {cfg.recipe: cfg for cfg in (DIGITS, PAPER, MICRO)}

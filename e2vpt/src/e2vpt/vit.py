@@ -191,11 +191,13 @@ def attention(
     k = torch.cat(keys, dim=1).transpose(1, 2)  # (B, H, M, d_h)
     v = torch.cat(values, dim=1).transpose(1, 2)
     q = attn.q_norm(q).transpose(1, 2)
+    dropout = attn.attn_drop.p if attn.attn_drop.training else 0.0
     if attn.fused_attn:
-        out = attend(q, k, v, scale=attn.scale, padding=padding)
+        out = attend(q, k, v, scale=attn.scale, padding=padding, dropout=dropout)
     else:
         logits = (q * attn.scale) @ k.transpose(-2, -1)
-        out = logits[..., : k.shape[2] - padding].softmax(dim=-1) @ v[:, :, : k.shape[2] - padding]
+        kept = k.shape[2] - padding
+        out = F.dropout(logits[..., :kept].softmax(dim=-1), dropout) @ v[:, :, :kept]
     out = attn.norm(out.transpose(1, 2).reshape(b, num_out, width))
     if attn.gate is not None:
         out = out * attn.gate(y[:, :num_out]).sigmoid()

@@ -7,12 +7,12 @@ A configuration is a frozen, keyword-only dataclass of plain values and of furth
 import argparse
 import contextlib
 import dataclasses
-import inspect
 import io
 import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+from inspect import formatannotation
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
@@ -52,6 +52,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             with contextlib.suppress(InputError):
                 return _convert(kind, value, where)
     if origin is tuple and isinstance(value, list | tuple):
+        value = tuple(value)
         kinds = args[:1] * len(value) if Ellipsis in args else args
         if len(kinds) == len(value):
             return tuple(_convert(k, v, where) for k, v in zip(kinds, value, strict=True))
@@ -59,8 +60,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return hint(value)
     if type(value) is hint or (origin is Literal and value in args):
         return value
-    expected = inspect.formatannotation(hint).replace("Literal", "one of ")
-    raise InputError(where, repr(value), expected, "correct it")
+    kind = f"one of {', '.join(map(str, args))}" if origin is Literal else formatannotation(hint)
+    raise InputError(where, repr(value), kind, "correct it")
 
 
 def save_json(config: Any, path: Path) -> None:
@@ -106,7 +107,7 @@ def _reworded(box: str, do: str) -> InputError:
     if flag := re.search(r"--[\w.-]*\w", text):
         got = re.search(r"\[.*?\]|'[^-].*?'", text) or ["nothing"]
         expected = re.search(r"(?<=helptext: )\S+ \S+|one of \(.*?\)", text) or ["a value"]
-        return InputError(flag[0], got[0], expected[0].removeprefix(f"{flag[0]} "), do)
+        return InputError(flag[0], got[0], re.sub(f"{flag[0]} |[()']", "", expected[0]), do)
     return InputError("command line", text, "valid options", do)
 
 
