@@ -322,7 +322,7 @@ PRETRAIN = ["pretrain", "tiny-imagenet-32"]
         (["train", "digits", "--model.method", "lora"], ["model.method: got ", "lora", "vpt-deep"]),
         (["train", "digits", "--model.prompt-dropout", "1"], ["model.prompt_dropout: got 1.0"]),
         (["train", "digits", "--data.batch-size", "0"], ["data.batch_size: got 0"]),
-        (["train", "digits", "--data.augment", "crop-flip"], ["data.augment: got crop-flip"]),
+        (["train", "digits", "--data.resize", "squash"], ["data.augment: got crop"]),
         (["train", "digits", "--data.source"], ["data.source: got "]),
         (["train", "digits", "more"], ["got ", "more"]),
         (["train", "digits", "--seed", "-1"], ["seed: got -1, expected 0 to"]),
