@@ -318,7 +318,8 @@ PRETRAIN = ["pretrain", "tiny-imagenet-32"]
         (["train", "digits", "--optim.lr", "-1"], ["optim.lr: got -1.0, expected more than 0"]),
         (["train", "digits", "--optim.lr", "nan"], ["optim.lr: got nan"]),
         (["train", "digits", "--optim.weight-decay", "inf"], ["optim.weight_decay: got inf"]),
-        (["train", "digits", "--optim.epochs", "1"], ["optim.warmup_epochs: got 2, expected "]),
+        (["train", "digits", "--optim.epochs", "1", "--optim.warmup-epochs", "2"],
+         ["optim.warmup_epochs: got 2", "expected at most optim.epochs (1)"]),
         (["train", "digits", "--model.method", "lora"], ["model.method: got ", "lora", "vpt-deep"]),
         (["train", "digits", "--model.prompt-dropout", "1"], ["model.prompt_dropout: got 1.0"]),
         (["train", "digits", "--data.batch-size", "0"], ["data.batch_size: got 0"]),
@@ -358,6 +359,7 @@ def test_wrong_words_are_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(_Training, "run", None)  # not the whole recipe, should it be taken
     if argv[:2] == ["train", "images"]:
         monkeypatch.setattr("e2vpt.backbones._from_hub", offline)
     error = failure(argv, capsys)

@@ -93,5 +93,5 @@ def sheet(
         axes.imshow(image, interpolation="nearest" if max(image.size) < 100 else "antialiased")
         axes.set_axis_off()
         colour = "crimson" if marked is not None and marked[i] else "black"
-        axes.set_title(caption, fontsize=8, color=colour, y=-0.02, va="top", parse_math=False)
+        axes.set_title(caption, fontsize=8, color=colour, y=-0.06, va="top", parse_math=False)
     figure.savefig(path, dpi=110)
