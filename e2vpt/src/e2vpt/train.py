@@ -1,5 +1,6 @@
 """Train prompts (or a baseline) on a frozen backbone: from a configuration to a run folder."""
 
+import io
 import math
 import shlex
 import time
@@ -277,11 +278,14 @@ class _Training:
 
     def _rng_of_all(self) -> list[dict[str, Any]]:
         """The random state of every process: their dropout differs."""
-        states: list[Any] = [checkpoint.rng_state()]
-        if self.fabric.world_size > 1:
-            states *= self.fabric.world_size
-            torch.distributed.all_gather_object(states, checkpoint.rng_state())
-        return states
+        own = checkpoint.rng_state()
+        if self.fabric.world_size == 1:
+            return [own]
+        packed = io.BytesIO()  # NumPy's uint32 tensor does not survive the gathering's pickle
+        torch.save(own, packed)
+        states: list[Any] = [None] * self.fabric.world_size
+        torch.distributed.all_gather_object(states, packed.getvalue())
+        return [torch.load(io.BytesIO(state), weights_only=True) for state in states]
 
     def _resume(self) -> str:
         """Put back the last checkpoint; returns a warning to show."""
