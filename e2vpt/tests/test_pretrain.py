@@ -168,6 +168,30 @@ def test_the_export_is_a_backbone(straight: Path, images: Path) -> None:
     assert card["config"]["run"] == {"seed": 0, "precision": "32-true"}
 
 
+def test_the_average_is_over_all_steps(
+    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """timm's warm-up of the decay, 1 - (1 + step)^(-2/3) from the second step on, up to its limit."""
+    steps: list[torch.Tensor] = []
+    real = module.train_step
+
+    def keep(fabric: Any, model: Any, *args: Any) -> float:
+        loss = real(fabric, model, *args)
+        steps.append(model.state_dict()["head.weight"].detach().clone())
+        return loss
+
+    monkeypatch.setattr(module, "train_step", keep)
+    folder = pretrain(config(tmp_path, images, ema_decay=0.6))
+    average = steps[0]
+    for step, weight in enumerate(steps):
+        passed = step - 1  # without what timm counts as no step yet
+        decay = 0.0 if passed <= 0 else min(0.6, 1 - (1 + passed) ** (-2 / 3))
+        average = decay * average + (1 - decay) * weight
+    assert len(steps) == 2 * STEPS
+    torch.testing.assert_close(tensors(folder, "ema")["head.weight"], average)
+    assert not torch.allclose(average, steps[-1])
+
+
 def test_it_learns(tmp_path: Path, images: Path) -> None:
     folder = pretrain(config(tmp_path, images, epochs=8, lr=3e-3, ema_decay=0.5))
     losses = [row["loss_ce"] for row in rows(folder) if "loss_ce" in row]

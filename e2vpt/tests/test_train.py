@@ -180,6 +180,24 @@ def test_the_number_of_workers_changes_nothing(
     assert_same_run(*folders)
 
 
+def test_each_epoch_has_an_order_of_its_own_and_every_image(
+    tmp_path: Path, tiny_backbones: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[float] = []
+    real = _Training._step
+
+    def keep(self: _Training, images: torch.Tensor, labels: torch.Tensor) -> float:
+        seen.extend(images.double().sum((1, 2, 3)).tolist())  # tells one image from another
+        return real(self, images, labels)
+
+    monkeypatch.setattr(_Training, "_step", keep)
+    train(config(tmp_path, tiny_backbones[0]))
+    first, second = seen[:40], seen[40:]
+    assert len(set(first)) == len(second) == 40
+    assert sorted(first) == sorted(second)
+    assert first != second
+
+
 def test_its_config_is_enough_to_run_again(
     interrupted: tuple[TrainConfig, Path], straight: Path, tmp_path: Path
 ) -> None:

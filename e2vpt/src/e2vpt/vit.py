@@ -108,16 +108,17 @@ def prompted_features(
     Returns: (B, N, D); (B, 1, D), the class token, where pooling takes nothing else; or
         (B, N + P, D) with `pool_prompts`.
     """
+    # x.shape[0] and not len(x), which would fix the batch size when the model is exported.
     x = backbone.norm_pre(backbone.patch_drop(backbone._pos_embed(backbone.patch_embed(images))))
     prefix, last = backbone.num_prefix_tokens, len(backbone.blocks) - 1
     shallow = visual is not None and visual.weight.shape[0] == 1 and last > 0
     only_class_token = backbone.global_pool == "token" and not (token_form or pool_prompts)
     carried = 0  # prompts now in the sequence
     for i, block in enumerate(backbone.blocks):
-        rows = visual(i, len(x)) if visual is not None and (i == 0 or not shallow) else None
+        rows = visual(i, x.shape[0]) if visual is not None and (i == 0 or not shallow) else None
         as_tokens = token_form or shallow or (pool_prompts and i == last)
         if rows is not None and as_tokens:
-            tokens = rows.to(x.dtype).expand(len(x), -1, -1)
+            tokens = rows.to(x.dtype).expand(x.shape[0], -1, -1)
             x = torch.cat([x[:, :prefix], tokens, x[:, prefix + carried :]], dim=1)
             carried, rows = tokens.shape[1], None
         num_out = 1 if i == last and only_class_token else x.shape[1]
