@@ -171,7 +171,7 @@ def test_the_export_is_a_backbone(straight: Path, images: Path) -> None:
 def test_the_average_is_over_all_steps(
     tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """timm's warm-up of the decay, 1 - (1 + step)^(-2/3) from the second step on, up to its limit."""
+    """timm's warm-up of the decay: 1 - (1 + step)^(-2/3), up to its limit."""
     steps: list[torch.Tensor] = []
     real = module.train_step
 
