@@ -191,7 +191,9 @@ def _info(argv: Sequence[str]) -> None:
         print(
             f"input      {backbone.img_size[0]}x{backbone.img_size[1]} pixels, patch {g.patch_size}"
         )
-        print(f"layers     {g.num_layers}, width {g.embed_dim}, heads {g.num_heads}")
+        widths = dict.fromkeys((layer.embed_dim, layer.num_heads) for layer in g.layers)
+        told = " to ".join(f"width {width}, heads {heads}" for width, heads in widths)
+        print(f"layers     {g.num_layers}, {told}")
     print(title)
     for part in ("visual", "kv", "head", "backbone", "tuned", "total"):
         print(f"{part:<10} {report[part]:>12,}")

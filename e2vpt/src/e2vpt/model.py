@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from e2vpt.config import KVInit
-from e2vpt.prompts import KeyValuePrompts, VisualPrompts
-from e2vpt.vit import check_supported, prompted_features
+from e2vpt.families import family_of
+from e2vpt.prompts import KeyValuePrompts, Segments, VisualPrompts
 from shared_utils.errors import InputError
 
 PARITY_HEAD_BIAS = -math.log(99)  # a prior of 0.01 per class
@@ -35,6 +35,10 @@ class PromptSpec:
     token_form: bool = False
     parity_head: bool = False
     backbone_trains: str = "none"
+    num_segments: int = 1
+    num_kept_segments: int = 1
+    interleaved_segments: bool = False
+    per_layer_segments: bool = False
 
     def __post_init__(self) -> None:
         """Check what does not depend on the backbone."""
@@ -55,6 +59,26 @@ class PromptSpec:
             raise InputError(
                 "backbone_trains", self.backbone_trains, "none, bias or full", "correct it"
             )
+
+        if not 1 <= self.num_kept_segments <= self.num_segments:
+            raise InputError(
+                "num_kept_segments",
+                self.num_kept_segments,
+                f"1 to num_segments ({self.num_segments})",
+                "correct it",
+            )
+
+    @property
+    def segments(self) -> Segments | None:
+        """How visual prompts were pruned inside; None for whole ones."""
+        if self.num_kept_segments == self.num_segments:
+            return None
+        return Segments(
+            self.num_segments,
+            self.num_kept_segments,
+            is_interleaved=self.interleaved_segments,
+            per_layer=self.per_layer_segments,
+        )
 
     def dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -79,7 +103,8 @@ class PromptedModel(nn.Module):
     def __init__(self, backbone: nn.Module, spec: PromptSpec) -> None:
         """Take over `backbone`: its classifier is put aside and its parameters are frozen."""
         super().__init__()
-        self.geometry = check_supported(backbone)
+        self.family = family_of(backbone)
+        self.geometry = self.family.check_supported(backbone)
         self.spec = spec
         if spec.pool_prompts and cast(Any, backbone).global_pool == "token":
             raise InputError(
@@ -106,23 +131,21 @@ class PromptedModel(nn.Module):
         self.visual = None
         if spec.num_visual_prompts:
             self.visual = VisualPrompts(
-                g.num_layers if spec.deep else 1,
+                [layer.embed_dim for layer in g.layers[: None if spec.deep else 1]],
                 spec.num_visual_prompts,
-                g.embed_dim,
                 patch_size=g.patch_size,
                 dropout=spec.prompt_dropout,
                 prompt_dim=spec.prompt_dim,
+                segments=spec.segments,
             )
         self.kv = None
         if spec.num_kv_prompts:
             self.kv = KeyValuePrompts(
+                g,
                 g.num_layers if spec.kv_deep else 1,
                 spec.num_kv_prompts,
-                g.num_heads,
-                g.head_dim,
                 share=spec.share_kv,
                 init=spec.kv_init,
-                patch_size=g.patch_size,
             )
         self.head = nn.Linear(cast(Any, backbone).num_features, spec.num_classes)
         if spec.parity_head:
@@ -146,7 +169,7 @@ class PromptedModel(nn.Module):
         if self.visual is None and self.kv is None:
             tokens = self.backbone.forward_features(images)
         else:
-            tokens = prompted_features(
+            tokens = self.family.prompted_features(
                 self.backbone,
                 images,
                 self.visual,
@@ -266,8 +289,13 @@ def parameter_report(model: PromptedModel) -> dict[str, float]:
 
 
 def tuned_state(model: PromptedModel) -> dict[str, Tensor]:
-    """What was trained, by name; buffers too where the whole backbone trains. No copies."""
+    """What was trained, by name, and which segments were kept of pruned prompts. No copies.
+
+    Buffers too where the whole backbone trains.
+    """
     state = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    if model.visual is not None and model.visual.segments is not None:
+        state["visual.segments"] = model.visual.segments
     if model.spec.backbone_trains == "full":
         state |= {n: b.detach() for n, b in model.named_buffers()}
     return state

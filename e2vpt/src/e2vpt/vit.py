@@ -10,7 +10,6 @@ Shapes: B batch, N tokens (prefix and patches), P visual prompts, n key-value pr
 H heads, D width, d_h = D / H.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,34 +19,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from e2vpt.attend import attend, num_padding_rows
+from e2vpt.geometry import Geometry, LayerGeometry, class_name
 from e2vpt.prompts import KeyValuePrompts, VisualPrompts
 from shared_utils.errors import InputError
 
-
-@dataclass(frozen=True)
-class Geometry:
-    """The sizes of a backbone that prompts depend on."""
-
-    num_layers: int
-    embed_dim: int
-    num_heads: int
-    head_dim: int
-    patch_size: int
-    num_prefix_tokens: int
+CLASS = VisionTransformer
 
 
-def check_supported(backbone: nn.Module) -> Geometry:
+def check_supported(backbone: Any) -> Geometry:
     """The geometry of a plain timm ViT.
 
-    Raises: InputError naming the class of model, block or attention that is not known.
+    Raises: InputError naming the class of block or attention that is not known.
     """
-    if type(backbone) is not VisionTransformer:
-        raise InputError(
-            "backbone",
-            f"class {_class_name(backbone)}",
-            "a plain timm VisionTransformer",
-            "choose another model",
-        )
     if backbone.global_pool in ("", "prr"):
         raise InputError(
             "backbone",
@@ -60,30 +43,25 @@ def check_supported(backbone: nn.Module) -> Geometry:
         if type(block) is not Block:
             raise InputError(
                 "backbone",
-                f"block class {_class_name(block)} in layer {i}",
+                f"block class {class_name(block)} in layer {i}",
                 "timm's Block",
                 "choose another model",
             )
         if type(block.attn) is not Attention:
             raise InputError(
                 "backbone",
-                f"attention class {_class_name(block.attn)} in layer {i}",
+                f"attention class {class_name(block.attn)} in layer {i}",
                 "timm's Attention",
                 "choose another model",
             )
-    attn = blocks[0].attn
     return Geometry(
-        num_layers=len(blocks),
-        embed_dim=backbone.embed_dim,
-        num_heads=attn.num_heads,
-        head_dim=attn.head_dim,
+        layers=tuple(
+            LayerGeometry(backbone.embed_dim, block.attn.num_heads, block.attn.head_dim)
+            for block in blocks
+        ),
         patch_size=backbone.patch_embed.patch_size[0],
         num_prefix_tokens=backbone.num_prefix_tokens,
     )
-
-
-def _class_name(module: nn.Module) -> str:
-    return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 def prompted_features(
@@ -111,7 +89,7 @@ def prompted_features(
     # x.shape[0] and not len(x), which would fix the batch size when the model is exported.
     x = backbone.norm_pre(backbone.patch_drop(backbone._pos_embed(backbone.patch_embed(images))))
     prefix, last = backbone.num_prefix_tokens, len(backbone.blocks) - 1
-    shallow = visual is not None and visual.weight.shape[0] == 1 and last > 0
+    shallow = visual is not None and visual.num_layers == 1 and last > 0
     only_class_token = backbone.global_pool == "token" and not (token_form or pool_prompts)
     carried = 0  # prompts now in the sequence
     for i, block in enumerate(backbone.blocks):
@@ -128,6 +106,21 @@ def prompted_features(
         x = torch.cat([x[:, :prefix], x[:, prefix + carried :]], dim=1)
     out: Tensor = backbone.norm(x)
     return out
+
+
+def folded_rows(backbone: Any, layer: int, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """What a layer's attention makes of visual prompts: key and value rows.
+
+    Args:
+        backbone: a timm `VisionTransformer` that `check_supported` took.
+        layer: its number.
+        rows: (P, D).
+
+    Returns: keys, after the key norm, and values, each (H, P, d_h).
+    """
+    block = backbone.blocks[layer]
+    keys, values = _key_value_rows(block.attn, block.norm1(rows[None]))
+    return keys[0].transpose(0, 1), values[0].transpose(0, 1)
 
 
 def run_block(
@@ -177,9 +170,8 @@ def attention(
         k, v = _project(attn.qkv, y, width, 3 * width).view(b, n, 2, heads, head_dim).unbind(2)
     keys, values = [attn.k_norm(k)], [v]
     if rows is not None:
-        pairs = _project(attn.qkv, rows, width, 3 * width)
-        k, v = pairs.view(*rows.shape[:2], 2, heads, head_dim).unbind(2)
-        keys.append(attn.k_norm(k).expand(b, -1, -1, -1))
+        k, v = _key_value_rows(attn, rows)
+        keys.append(k.expand(b, -1, -1, -1))
         values.append(v.expand(b, -1, -1, -1))
     if kv is not None:
         keys.append(kv[0].transpose(0, 1).to(k.dtype).expand(b, -1, -1, -1))
@@ -204,6 +196,14 @@ def attention(
         out = out * attn.gate(y[:, :num_out]).sigmoid()
     mixed: Tensor = attn.proj_drop(attn.proj(out))
     return mixed
+
+
+def _key_value_rows(attn: Any, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """(1 or B, P, D) after the norm -> keys, after the key norm, and values, (1 or B, P, H, d_h)."""
+    width = attn.attn_dim
+    pairs = _project(attn.qkv, rows, width, 3 * width)
+    k, v = pairs.view(*rows.shape[:2], 2, attn.num_heads, attn.head_dim).unbind(2)
+    return attn.k_norm(k), v
 
 
 def _project(linear: Any, x: Tensor, start: int, end: int) -> Tensor:
