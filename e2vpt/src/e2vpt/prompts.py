@@ -148,8 +148,8 @@ class Segments:
     def cut(self, rows: Tensor) -> Tensor:
         """(..., D) -> (..., R, D / R)."""
         if self.is_interleaved:
-            return rows.unflatten(-1, (-1, self.num_segments)).transpose(-1, -2)
-        return rows.unflatten(-1, (self.num_segments, -1))
+            return rows.reshape(*rows.shape[:-1], -1, self.num_segments).transpose(-1, -2)
+        return rows.reshape(*rows.shape[:-1], self.num_segments, -1)
 
     def gather(self, rows: Tensor, kept: Tensor) -> Tensor:
         """Take the kept segments: (P, D) and int64 (P, K) -> (P, K, D / R)."""

@@ -199,7 +199,7 @@ def attention(
 
 
 def _key_value_rows(attn: Any, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """(1 or B, P, D) after the norm -> keys, after the key norm, and values, (1 or B, P, H, d_h)."""
+    """(1 or B, P, D) after the norm -> keys after the key norm, values: (1 or B, P, H, d_h)."""
     width = attn.attn_dim
     pairs = _project(attn.qkv, rows, width, 3 * width)
     k, v = pairs.view(*rows.shape[:2], 2, attn.num_heads, attn.head_dim).unbind(2)
