@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -206,7 +206,7 @@ class PromptBank(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "PromptBank":
         """Move the tasks together with the backbone (`to`, `cuda`, `half`)."""
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._tasks = {
             name: _Task(
                 tuple(fn(rows) for rows in task.rows),
@@ -216,7 +216,7 @@ class PromptBank(nn.Module):
             )
             for name, task in self._tasks.items()
         }
-        return cast("PromptBank", self)
+        return self
 
 
 def _split(items: list[Tensor], lengths: Sequence[int]) -> list[list[Tensor]]:

@@ -95,7 +95,8 @@ class VisualPrompts(nn.Module):
         bound = math.sqrt(6 / (3 * patch_size**2 + (prompt_dim or widths[0])))
         rows = [torch.empty(num_prompts, prompt_dim or width) for width in widths]
         self.layout = segments
-        self.segments: Tensor | None = None
+        self.segments: Tensor | None
+        self.register_buffer("segments", None)
         if segments is not None:
             for width in widths:
                 segments.check(width)
@@ -108,7 +109,7 @@ class VisualPrompts(nn.Module):
                     row.new_empty(num_prompts, segments.num_kept, width // segments.num_segments)
                     for row, width in zip(rows, widths, strict=True)
                 ]
-            self.register_buffer("segments", kept.repeat(masks, num_prompts, 1))
+            self.segments = kept.repeat(masks, num_prompts, 1)
         self.weight = nn.ParameterList([row.uniform_(-bound, bound) for row in rows])
         self.project: nn.Module = nn.Identity()
         if prompt_dim:
