@@ -88,6 +88,12 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
             self.pool, self.preprocessing, augment=augment, seed=self.seed, cache=self._cache
         )
 
+    def with_seed(self, seed: int) -> "ImageSet":
+        """The same images (cache shared) in another order, with other augmentation."""
+        return ImageSet(
+            self.pool, self.preprocessing, augment=self.augment, seed=seed, cache=self._cache
+        )
+
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """Image and label.
 
