@@ -20,7 +20,7 @@ from e2vpt.backbones import Backbone, load_backbone
 from e2vpt.config import TrainConfig
 from e2vpt.data import DataSplits, ImageSet, build_loader, load_data
 from e2vpt.devices import launch_fabric, run_facts
-from e2vpt.evaluate import evaluate, predict_set
+from e2vpt.evaluate import Diverged, evaluate, predict_set
 from e2vpt.methods import build_spec
 from e2vpt.model import PromptedModel, load_tuned_state, parameter_report, tuned_state
 from e2vpt.optim import build_optimizer, lr_at, set_lr
@@ -223,7 +223,7 @@ class _Training:
         loss = F.cross_entropy(logits.float(), labels.to(self.fabric.device, non_blocking=True))
         value = float(loss.detach())
         if not math.isfinite(value):
-            raise InputError(
+            raise Diverged(
                 "loss_ce",
                 f"{value} at step {self.step}",
                 "a finite loss",
@@ -243,7 +243,7 @@ class _Training:
         for name, tensor in tuned_state(self.network).items():
             if not torch.isfinite(tensor).all():
                 got = f"nan or inf after step {self.step}"
-                raise InputError(name, got, "finite weights", self._remedy)
+                raise Diverged(name, got, "finite weights", self._remedy)
 
     def _evaluate(self, images: ImageSet | None, split: str) -> dict[str, float]:
         if images is None:
