@@ -390,6 +390,23 @@ def test_adapters_do_not_come_to_a_backbone_in_use(kind: str) -> None:
     assert type(remove(model).blocks[0].attn.qkv) is nn.Linear  # type: ignore[union-attr,index]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_shares_the_backbone_refuses_adapters(tmp_path: Path, kind: str) -> None:
+    model = saved(tmp_path, kind)
+    with torch.no_grad():
+        expected = model(IMAGES)
+        with pytest.raises(InputError, match=TAKEN):
+            e2vpt.fold(model)
+        assert torch.equal(model(IMAGES), expected)
+    bank = e2vpt.PromptBank(micro())
+    with pytest.raises(
+        InputError, match=rf"^backbone: got one that another model uses, for {kind}"
+    ):
+        bank.add("task", tmp_path)
+    assert bank.tasks == []
+    assert adapters.num_adapter_parameters(bank.release()) == 0
+
+
 # --- saved and loaded ----------------------------------------------------------------------------
 
 SPECS: dict[str, tuple[dict[str, Any], set[str]]] = {

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from e2vpt import adapters
 from e2vpt.config import Adapter, BackboneTrains, KVInit
 from e2vpt.families import Family, family_of
-from e2vpt.prompts import KeyValuePrompts, Segments, VisualPrompts
+from e2vpt.prompts import KeyValuePrompts, KeyValueRows, Segments, VisualPrompts, VisualRows
 from shared_utils.errors import InputError
 
 PARITY_HEAD_BIAS = -math.log(99)  # a prior of 0.01 per class
@@ -44,6 +44,8 @@ class PromptSpec:
     num_kept_segments: int = 1
     interleaved_segments: bool = False
     per_layer_segments: bool = False
+    zeroed: bool = False
+    folded: bool = False
 
     def __post_init__(self) -> None:
         """Check what does not depend on the backbone."""
@@ -72,14 +74,22 @@ class PromptSpec:
     @property
     def segments(self) -> Segments | None:
         """How visual prompts were pruned inside; None for whole ones."""
-        if self.num_kept_segments == self.num_segments:
+        if self.num_kept_segments == self.num_segments and not self.zeroed:
             return None
         return Segments(
             self.num_segments,
             self.num_kept_segments,
             is_interleaved=self.interleaved_segments,
             per_layer=self.per_layer_segments,
+            is_zeroed=self.zeroed,
         )
+
+    def key_value_rows(self, num_layers: int) -> list[int]:
+        """How many rows the first layers have, folded visual prompts among them."""
+        own = self.num_kv_prompts
+        folded = self.num_visual_prompts if self.folded else 0
+        counts = [folded + (own if self.kv_deep or i == 0 else 0) for i in range(num_layers)]
+        return counts[: sum(count > 0 for count in counts)]
 
     def dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -132,7 +142,7 @@ class PromptedModel(nn.Module):
             parameter.requires_grad_(name in trains)
         adapters.attach(backbone, spec.adapter, spec.adapter_dim, spec.adapter_scale)
         self.visual = None
-        if spec.num_visual_prompts:
+        if spec.num_visual_prompts and not spec.folded:
             self.visual = VisualPrompts(
                 [layer.embed_dim for layer in g.layers[: None if spec.deep else 1]],
                 spec.num_visual_prompts,
@@ -142,13 +152,10 @@ class PromptedModel(nn.Module):
                 segments=spec.segments,
             )
         self.kv = None
-        if spec.num_kv_prompts:
+        counts = spec.key_value_rows(g.num_layers)
+        if counts:
             self.kv = KeyValuePrompts(
-                g,
-                g.num_layers if spec.kv_deep else 1,
-                spec.num_kv_prompts,
-                share=spec.share_kv,
-                init=spec.kv_init,
+                g, counts, share=spec.share_kv and not spec.folded, init=spec.kv_init
             )
         self.head = nn.Linear(cast(Any, backbone).num_features, spec.num_classes)
         if spec.parity_head:
@@ -174,14 +181,20 @@ class PromptedModel(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """Pooled features the head sees: (B, 3, H, W) float -> (B, D)."""
-        if self.visual is None and self.kv is None:
+        return self.features_with(images, self.visual, self.kv)
+
+    def features_with(
+        self, images: Tensor, visual: VisualRows | None, kv: KeyValueRows | None
+    ) -> Tensor:
+        """The same with other prompts than the model's own."""
+        if visual is None and kv is None:
             tokens = self.backbone.forward_features(images)
         else:
             tokens = self.family.prompted_features(
                 self.backbone,
                 images,
-                self.visual,
-                self.kv,
+                visual,
+                kv,
                 token_form=self.spec.token_form,
                 pool_prompts=self.spec.pool_prompts,
             )

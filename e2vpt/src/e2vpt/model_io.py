@@ -72,12 +72,15 @@ def save(
             os.replace(staged / name, folder / name)
 
 
-def load(folder: Path | str, backbone: nn.Module | None = None) -> PromptedModel:
+def load(
+    folder: Path | str, backbone: nn.Module | None = None, *, sha256: str = ""
+) -> PromptedModel:
     """Build the model that `save` wrote, in eval mode.
 
     Args:
         folder: holds `model.safetensors` and `model.json`.
         backbone: the module to put the prompts on; None loads the one named in `model.json`.
+        sha256: `fingerprint(backbone)` where the caller has it already.
 
     Raises: MissingFileError; InputError where a file is damaged, the backbone is not the one the
         prompts were trained on, or the tensors do not fit.
@@ -101,7 +104,7 @@ def load(folder: Path | str, backbone: nn.Module | None = None) -> PromptedModel
     in_part = spec.backbone_trains in ("bias", "partial")
     is_known = known["weights"] != UNKNOWN if in_part else True
     if spec.backbone_trains != "full" and is_known:
-        found = fingerprint(backbone)
+        found = sha256 or fingerprint(backbone)
         if found != known["sha256"]:
             raise InputError(
                 "backbone",
