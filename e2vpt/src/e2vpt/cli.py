@@ -244,8 +244,9 @@ def _info(argv: Sequence[str]) -> None:
         told = " to ".join(f"width {width}, heads {heads}" for width, heads in widths)
         print(f"layers     {g.num_layers}, {told}")
     print(title)
-    for part in ("visual", "kv", "head", "backbone", "tuned", "total"):
-        print(f"{part:<10} {report[part]:>12,}")
+    for part in ("visual", "kv", "adapters", "head", "backbone", "tuned", "total"):
+        if part in report:  # cards of before there were adapters do not count them
+            print(f"{part:<10} {report[part]:>12,}")
     print(f"{'percent':<10} {report['percent']:>12.4f}")
 
 

@@ -11,7 +11,11 @@ from e2vpt.optim import OptimizerName, Schedule
 from shared_utils.errors import InputError
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
-Method = Literal["e2vpt", "vpt-shallow", "vpt-deep", "linear", "bias", "full"]
+Method = Literal[
+    "e2vpt", "vpt-shallow", "vpt-deep", "linear", "bias", "partial", "full", "lora", "adaptformer"
+]
+BackboneTrains = Literal["none", "bias", "partial", "full"]
+Adapter = Literal["none", "lora", "adaptformer"]
 KVInit = Literal["kaiming", "trunc-normal", "patch"]
 Rewind = Literal["init", "trained", "reinit"]
 
@@ -53,7 +57,8 @@ class ModelConfig:
     """The frozen backbone and what is tuned on it."""
 
     method: Method = "e2vpt"
-    """what is trained: e2vpt, vpt-shallow, vpt-deep (prompts), linear (head), bias, full"""
+    """what is trained beside the head: e2vpt, vpt-shallow, vpt-deep (prompts), linear (nothing),
+    bias, partial (last blocks), full, lora, adaptformer"""
     backbone: str = "micro_vit"
     """micro_vit (ships with the package), a timm name, or a .safetensors, .pth or .npz file"""
     architecture: str = ""
@@ -78,9 +83,25 @@ class ModelConfig:
     """run deep prompts through the whole block as tokens: same output, slower; for comparison"""
     parity_head: bool = False
     """initialise the head as the paper's code does: Kaiming weight, bias -ln 99"""
+    partial_blocks: int = 1
+    """last blocks that train, with the final norm (partial)"""
+    lora_rank: int = 8
+    """rank of the updates of query and value projections (lora)"""
+    lora_alpha: float = 8.0
+    """the updates are scaled by lora_alpha / lora_rank (lora)"""
+    adapter_dim: int = 8
+    """width of the bottleneck beside each MLP (adaptformer)"""
+    adapter_scale: float = 0.1
+    """factor of what the bottleneck adds (adaptformer)"""
 
     def __post_init__(self) -> None:
         """Check counts and shares."""
+        for name in ("partial_blocks", "lora_rank", "adapter_dim"):
+            if getattr(self, name) < 1:
+                raise InputError(f"model.{name}", getattr(self, name), "1 or more", "correct it")
+        for name in ("lora_alpha", "adapter_scale"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise InputError(f"model.{name}", getattr(self, name), "more than 0", "correct it")
         for name in ("num_visual_prompts", "num_kv_prompts", "prompt_dim"):
             if getattr(self, name) < 0:
                 raise InputError(f"model.{name}", getattr(self, name), "0 or more", "correct it")

@@ -1,5 +1,7 @@
 """The methods that compare: what each puts on a backbone, and what it trains."""
 
+from typing import Any
+
 from e2vpt.config import ModelConfig
 from e2vpt.model import PromptSpec
 
@@ -11,6 +13,18 @@ def build_spec(cfg: ModelConfig, num_classes: int) -> PromptSpec:
         "vpt-deep": (cfg.num_visual_prompts, 0),
         "vpt-shallow": (cfg.num_visual_prompts, 0),
     }.get(cfg.method, (0, 0))
+    adapter: dict[str, Any] = {
+        "lora": {
+            "adapter": "lora",
+            "adapter_dim": cfg.lora_rank,
+            "adapter_scale": cfg.lora_alpha / cfg.lora_rank,
+        },
+        "adaptformer": {
+            "adapter": "adaptformer",
+            "adapter_dim": cfg.adapter_dim,
+            "adapter_scale": cfg.adapter_scale,
+        },
+    }.get(cfg.method, {})
     return PromptSpec(
         num_classes=num_classes,
         num_visual_prompts=prompts[0],
@@ -24,5 +38,7 @@ def build_spec(cfg: ModelConfig, num_classes: int) -> PromptSpec:
         pool_prompts=cfg.pool_prompts,
         token_form=cfg.token_form,
         parity_head=cfg.parity_head,
-        backbone_trains=cfg.method if cfg.method in ("bias", "full") else "none",
+        backbone_trains=cfg.method if cfg.method in ("bias", "partial", "full") else "none",
+        partial_blocks=cfg.partial_blocks,
+        **adapter,
     )

@@ -34,7 +34,7 @@ def build_network(
     A backbone that trains or carries adapters is copied, so that others may use it too. For a
     resumed run the sizes come from its checkpoint, and the values are not set yet.
     """
-    if spec.backbone_trains != "none":
+    if spec.backbone_trains != "none" or spec.adapter != "none":
         module = copy.deepcopy(module)
     seed_all(cfg.run.seed)
     if not cfg.prune.source:
