@@ -144,14 +144,18 @@ def _image_problems(paths: list[Path], listed_in: str, deep: bool) -> list[str]:
     missing = vtab.missing_of(paths)
     problems = []
     if missing:
-        problems.append(f"{len(missing)} images of {listed_in} missing: {some_of(missing)}")
+        problems.append(_problem(missing, listed_in, "missing"))
     if deep:
         there = sorted(set(paths) - set(map(Path, missing)))
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
             bad = sorted(told for told in threads.map(_undecodable, there) if told)
         if bad:
-            problems.append(f"{len(bad)} images of {listed_in} unreadable: {some_of(bad)}")
+            problems.append(_problem(bad, listed_in, "unreadable"))
     return problems
+
+
+def _problem(images: list[str], listed_in: str, what: str) -> str:
+    return f"{len(images)} image{'s' * (len(images) > 1)} of {listed_in} {what}: {some_of(images)}"
 
 
 def _undecodable(path: Path) -> str:

@@ -81,7 +81,7 @@ def load_fgvc_set(folder: Path, *, skip_missing: bool = False) -> Source:
     if missing and not skip_missing:
         raise MissingFileError(
             "data.source",
-            f"{len(missing)} listed images that are not there: {some_of(missing)}",
+            f"{len(missing)} listed image{'s' * (len(missing) > 1)} not there: {some_of(missing)}",
             "every image of the three lists",
             "restore them or give --data.skip-bad",
         )

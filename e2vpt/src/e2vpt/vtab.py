@@ -98,7 +98,7 @@ def load_vtab_task(folder: Path, *, skip_missing: bool = False) -> Source:
     if missing and not skip_missing:
         raise MissingFileError(
             "data.source",
-            f"{len(missing)} listed images that are not there: {some_of(missing)}",
+            f"{len(missing)} listed image{'s' * (len(missing) > 1)} not there: {some_of(missing)}",
             "every image of the four lists",
             "restore them or give --data.skip-bad",
         )
@@ -245,8 +245,8 @@ class Published:
 
     @property
     def mean3(self) -> float:
-        """Mean over the groups."""
-        return mean3(self.top1) if self.top1 else sum(self.groups.values()) / len(GROUPS)
+        """Mean over the groups as printed."""
+        return sum(self.groups.values()) / len(GROUPS)
 
 
 def _row(
