@@ -213,3 +213,13 @@ def test_published_rows() -> None:
     assert sum(ours[name] > full[name] for name in ours) == 4
     with pytest.raises(InputError, match=r"method: got 'Lin', expected a row"):
         fgvc.published("Lin")
+
+
+def test_the_page_shows_the_figures_of_the_table() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "fgvc.md").read_text()
+    for row in fgvc.PUBLISHED:
+        cells = [f"{row.top1[name]:.1f}" if row.top1 else "" for name in fgvc.SET_OF_FOLDER]
+        assert f"| {row.method} | {' | '.join(cells)} | {row.mean:.2f} |" in page
+        if row.tuned_percent:
+            cells = [f"{row.tuned_percent[name]:.2f}" for name in fgvc.SET_OF_FOLDER]
+            assert f"| {row.method}, tuned % | {' | '.join(cells)} | |" in page

@@ -488,3 +488,22 @@ def test_comparison_shows_both_means_beside_the_published_ones() -> None:
     assert rows["mean, structured"][0] == "47.64"
     with pytest.raises(InputError, match=r"^task: got 'cifr', .*did you mean 'cifar'"):
         vtab.comparison({"cifr": 1.0})
+
+
+def test_the_page_shows_the_figures_of_the_tables() -> None:
+    page = Path(__file__).parents[1] / "docs" / "vtab-1k.md"
+    lines = [line for line in page.read_text().splitlines() if line.startswith("| `")]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    wide = {row[0].strip("`"): row for row in rows if len(row) == 13}
+    methods = ["Full", "Linear", "VPT-Shallow", "VPT-Deep", "VPT-Deep, re-run", "E²VPT"]
+    for task in vtab.TASKS:
+        row = wide.pop(task.folder)
+        assert row[1:4] == [task.title, str(task.num_classes), task.group]
+        assert row[4] == f"{task.num_visual_prompts} / {task.num_kv_prompts}"
+        assert [float(cell) for cell in row[5:11]] == [
+            vtab.published(method).top1[task.folder] for method in methods
+        ]
+        assert [float(cell) for cell in row[11:]] == [
+            vtab.published(method).tuned_percent[task.folder] for method in ("E²VPT", "VPT-Deep")
+        ]
+    assert wide == {}

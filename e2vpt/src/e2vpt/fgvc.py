@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from e2vpt.readers import FileReader, Pool, Source, some_of
-from e2vpt.vtab import REPRINTED, REPRINTED_BOTH, missing_of
+from e2vpt.vtab import REPRINTED, missing_of
 from shared_utils.errors import InputError, MissingFileError, near_miss
 
 SPLITS = ("train", "val", "test")
@@ -181,13 +181,11 @@ class Published:
     """tuned parameters of all, in percent, by set folder; empty where they could not be had"""
 
 
-def _row(
-    method: str, mean: float, top1: str = "", tuned: str = "", source: str = REPRINTED_BOTH
-) -> Published:
+def _row(method: str, mean: float, top1: str = "", tuned: str = "") -> Published:
     def by_set(figures: str) -> dict[str, float]:
         return dict(zip(SET_OF_FOLDER, map(float, figures.split()), strict=True)) if figures else {}
 
-    return Published(method, mean, source, by_set(top1), by_set(tuned))
+    return Published(method, mean, REPRINTED, by_set(top1), by_set(tuned))
 
 
 PUBLISHED = (
@@ -198,7 +196,7 @@ PUBLISHED = (
     _row("Adapter", 85.46),
     _row("VPT-Shallow", 84.62, "86.7 78.8 98.4 90.7 68.7"),
     _row("VPT-Deep", 89.11, "88.5 84.2 99.0 90.2 83.6", ".29 1.02 .14 1.17 2.27"),
-    _row("E²VPT", 89.22, "89.1 84.6 99.1 90.5 82.8", ".32 .65 .15 .88 1.27", REPRINTED),
+    _row("E²VPT", 89.22, "89.1 84.6 99.1 90.5 82.8", ".32 .65 .15 .88 1.27"),
 )
 
 

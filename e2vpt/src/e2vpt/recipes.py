@@ -36,13 +36,13 @@ MICRO = replace(
     data=DataConfig(source="images", batch_size=32, resize="crop", augment="crop-flip"),
 )
 
-# The benchmarks. Paper's code, as the specification of both papers' releases has it: SGD with
-# momentum 0.9, base rate x batch / 256, 100 epochs with 10 of warm-up, stepped per epoch, float32,
-# the head of `parity_head`, ImageNet's pixel statistics; VTAB-1k squashed without augmentation,
-# FGVC cropped and mirrored. P and n are those of the released command of each task. Two things they
-# are not: the tuned percentages in the papers' tables need other lengths, and the rate and decay
-# are one point of the grids above, which is searched for each task. Which file of ViT-B/16 the
-# tables were made with is not known; this one is the ImageNet-21k weights of the ViT paper.
+# The benchmarks, by the protocol of the released code: SGD with momentum 0.9, base rate x batch /
+# 256, 100 epochs with 10 of warm-up, stepped per epoch, float32, the head of `parity_head`,
+# ImageNet's pixel statistics; VTAB-1k squashed without augmentation, FGVC cropped and mirrored.
+# P and n are those of the released command of each task; they do not give the tuned percentages of
+# the published tables, which need other lengths and pruning. Rate and decay are one point of the
+# grids above, which are searched for each task. Which file of ViT-B/16 made the tables is not
+# known; this one is the ImageNet-21k weights of the ViT paper.
 PARITY = replace(
     PAPER,
     model=replace(PAPER.model, backbone="vit_base_patch16_224.orig_in21k"),
