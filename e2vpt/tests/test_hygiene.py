@@ -16,7 +16,7 @@ import torch
 
 import e2vpt
 import shared_utils
-from e2vpt import bench, cli, config, pretrain_config
+from e2vpt import bench, cli, config, data_check, pretrain_config
 from e2vpt.backbones import load_backbone
 from e2vpt.methods import build_spec
 from e2vpt.micro_vit import build_micro_vit
@@ -87,6 +87,7 @@ CONFIGS = [
     cli.PredictConfig,
     cli.ExportConfig,
     cli.InfoConfig,
+    data_check.CheckConfig,
 ]
 
 

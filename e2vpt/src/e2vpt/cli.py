@@ -250,6 +250,25 @@ def _info(argv: Sequence[str]) -> None:
     print(f"{'percent':<10} {report['percent']:>12.4f}")
 
 
+def _data(argv: Sequence[str]) -> None:
+    from e2vpt.data_check import LISTS, CheckConfig, Report, check, header, require_complete
+
+    action, *options = argv or ("--help",)
+    if action in ("-h", "--help"):
+        options = ["--help"]
+    elif action != "check":
+        raise InputError("data", f"'{action}'", "check", "try e2vpt data check --help")
+    about = CheckConfig.__doc__ or ""
+    cfg = parse(CheckConfig, options, prog="e2vpt data check", about=about)
+    reports: list[Report] = []
+    for report in check(cfg.suite, cfg.folder, deep=cfg.deep):
+        if not reports:
+            print(header(cfg.suite))
+        reports.append(report)
+        print(report.text(LISTS[cfg.suite]), flush=True)
+    print(require_complete(cfg.suite, cfg.folder, reports))
+
+
 def _bench(argv: Sequence[str]) -> None:
     from e2vpt.bench import BenchConfig, bench
 
@@ -264,6 +283,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "predict": (_predict, "classify images: CSV and picture sheet"),
     "export": (_export, "write a trained run as ONNX"),
     "info": (_info, "count what would train on a backbone, or show a run"),
+    "data": (_data, "check what is there of VTAB-1k or FGVC"),
     "pretrain": (_pretrain, "train the micro ViT from scratch"),
     "bench": (_bench, "time and memory against full fine-tuning and the plain backbone"),
 }

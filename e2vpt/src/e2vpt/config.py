@@ -116,11 +116,14 @@ class DataConfig:
     """The images: where they are, how they are split, and what is done to them."""
 
     source: str = "digits"
-    """digits (ships with scikit-learn), an image folder, one with train.csv, or a packed .npz"""
+    """digits (ships with scikit-learn), an image folder, one with train.csv, or a packed .npz; a
+    folder of VTAB-1k (train800.txt) or FGVC (train.json)"""
     num_train: int = 0
     """training images drawn from a source that is not split (0: what the other splits leave)"""
     num_val: int = 0
     """validation images drawn where there is no such split (0: a fifth of the training pool)"""
+    train_on_val: bool = False
+    """train on training and validation images together; no validation then"""
     img_size: int = 0
     """side of the square input in pixels (0: the backbone's own)"""
     resize: Literal["squash", "crop"] = "squash"

@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_
 
 from e2vpt.config import DataConfig
 from e2vpt.images import IMAGENET_MEAN, IMAGENET_STD, Augment, Preprocessing, UnreadableImage
-from e2vpt.sources import Pool, load_source, some_of
+from e2vpt.readers import Pool, some_of
+from e2vpt.sources import load_source
 from e2vpt.splits import limited, split_source
 from shared_utils.errors import InputError
 from shared_utils.seeding import seed_worker
