@@ -171,8 +171,8 @@ def run_block(
 ) -> Tensor:
     """One block whose windows also see prompts.
 
-    V1 norms what enters attention and the MLP, V2 what leaves them. There prompts enter attention
-    as they are, and all its keys have unit length; ours: those of key-value prompts as well.
+    V1 norms what enters attention and the MLP, V2 what leaves them, so that there prompts enter
+    attention as they are.
 
     Args:
         block: timm `SwinTransformerBlock` or `SwinTransformerV2Block`.

@@ -48,7 +48,10 @@ def window_attention(
     rows: Tensor | None,
     kv: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
-    """Multi-head attention in each window over its tokens and the prompts.
+    """Multi-head attention in each window over its tokens and the prompts.  Paper: Sec. 3.3.
+
+    The paper has no V2. Its attention compares directions alone, all its keys having unit length;
+    so ours normalises the keys of key-value prompts too.
 
     Args:
         attn: timm `WindowAttention` of either version.
