@@ -27,7 +27,14 @@ def num_padding_rows(num_rows: int, like: Tensor) -> int:
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float, padding: int = 0, dropout: float = 0.0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    padding: int = 0,
+    dropout: float = 0.0,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """softmax(scale Q Kᵀ) V.
 
@@ -38,15 +45,22 @@ def attend(
         scale: factor of the logits.
         padding: the last so many rows of k and v get no weight.
         dropout: share of the weights to drop; only a backbone that trains has any.
+        bias: added to the logits, (B, 1, 1, M), -inf for the padding; None for none.
 
     Returns: (B, H, N, d_h).
     """
     is_low = q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16)
-    if is_low and not dropout and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
+    is_plain = is_low and bias is None and not dropout
+    if is_plain and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
         out: Tensor = _Attend.apply(q, k, v, scale, padding)  # type: ignore[no-untyped-call]
         return out
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=_mask(k, padding), dropout_p=dropout, scale=scale
+        q,
+        k,
+        v,
+        attn_mask=_mask(k, padding) if bias is None else bias,
+        dropout_p=dropout,
+        scale=scale,
     )
 
 

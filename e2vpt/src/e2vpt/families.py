@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from e2vpt import swin, vit
 from e2vpt.geometry import Geometry, class_name
-from e2vpt.prompts import KeyValuePrompts, VisualPrompts
+from e2vpt.prompts import KeyValueRows, VisualRows
 from shared_utils.errors import InputError
 
 
@@ -30,8 +30,8 @@ class Family(Protocol):
         self,
         backbone: Any,
         images: Tensor,
-        visual: VisualPrompts | None,
-        kv: KeyValuePrompts | None,
+        visual: VisualRows | None,
+        kv: KeyValueRows | None,
         *,
         token_form: bool = False,
         pool_prompts: bool = False,

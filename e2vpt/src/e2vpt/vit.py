@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from e2vpt.attend import attend, num_padding_rows
 from e2vpt.geometry import Geometry, LayerGeometry, class_name
-from e2vpt.prompts import KeyValuePrompts, VisualPrompts
+from e2vpt.prompts import KeyValueRows, VisualRows
 from shared_utils.errors import InputError
 
 CLASS = VisionTransformer
@@ -68,8 +68,8 @@ def check_supported(backbone: Any) -> Geometry:
 def prompted_features(
     backbone: Any,
     images: Tensor,
-    visual: VisualPrompts | None,
-    kv: KeyValuePrompts | None,
+    visual: VisualRows | None,
+    kv: KeyValueRows | None,
     *,
     token_form: bool = False,
     pool_prompts: bool = False,
@@ -102,7 +102,7 @@ def prompted_features(
             carried, rows = tokens.shape[1], None
         num_out = 1 if i == last and only_class_token else x.shape[1]
         extra = kv(i) if kv is not None and i < kv.num_layers else None
-        x = run_block(block, x, rows, extra, num_out)
+        x = run_block(block, x, rows, extra, num_out, kv.mask if kv is not None else None)
     if carried and not pool_prompts and x.shape[1] > prefix + carried:
         x = torch.cat([x[:, :prefix], x[:, prefix + carried :]], dim=1)
     out: Tensor = backbone.norm(x)
@@ -125,7 +125,12 @@ def folded_rows(backbone: Any, layer: int, rows: Tensor) -> tuple[Tensor, Tensor
 
 
 def run_block(
-    block: Any, x: Tensor, rows: Tensor | None, kv: tuple[Tensor, Tensor] | None, num_out: int
+    block: Any,
+    x: Tensor,
+    rows: Tensor | None,
+    kv: tuple[Tensor, Tensor] | None,
+    num_out: int,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """One pre-norm block whose attention also sees prompts.
 
@@ -133,20 +138,27 @@ def run_block(
         block: timm `Block`.
         x: (B, N, D).
         rows: (1 or B, P, D) visual prompts of this layer, used for keys and values only.
-        kv: key-value prompts, each (H, n, d_h).
+        kv: key-value prompts, each (H, n, d_h), or (B, H, n, d_h).
         num_out: compute the first `num_out` tokens only; the others serve as keys and values.
+        mask: bool (B, n), False for key-value prompts that an image does not have.
 
     Returns: (B, num_out, D).
     """
     y = block.norm1(x)
-    mixed = attention(block.attn, y, None if rows is None else block.norm1(rows), kv, num_out)
+    normed = None if rows is None else block.norm1(rows)
+    mixed = attention(block.attn, y, normed, kv, num_out, mask)
     x = x[:, :num_out] + block.drop_path1(block.ls1(mixed))
     out: Tensor = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
     return out
 
 
 def attention(
-    attn: Any, y: Tensor, rows: Tensor | None, kv: tuple[Tensor, Tensor] | None, num_out: int
+    attn: Any,
+    y: Tensor,
+    rows: Tensor | None,
+    kv: tuple[Tensor, Tensor] | None,
+    num_out: int,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Multi-head attention of the first `num_out` tokens over all tokens and prompts.
 
@@ -157,8 +169,9 @@ def attention(
         attn: timm `Attention`.
         y: (B, N, D) after the norm.
         rows: (1 or B, P, D) visual prompts after the norm.
-        kv: key-value prompts, each (H, n, d_h).
+        kv: key-value prompts, each (H, n, d_h), or (B, H, n, d_h).
         num_out: number of query tokens.
+        mask: bool (B, n), False for key-value prompts that an image does not have.
 
     Returns: (B, num_out, D) after the output projection.
     """
@@ -175,9 +188,10 @@ def attention(
         keys.append(k.expand(b, -1, -1, -1))
         values.append(v.expand(b, -1, -1, -1))
     if kv is not None:
-        keys.append(kv[0].transpose(0, 1).to(k.dtype).expand(b, -1, -1, -1))
-        values.append(kv[1].transpose(0, 1).to(v.dtype).expand(b, -1, -1, -1))
-    padding = num_padding_rows(sum(part.shape[1] for part in keys), v)
+        keys.append(kv[0].transpose(-3, -2).to(k.dtype).expand(b, -1, -1, -1))
+        values.append(kv[1].transpose(-3, -2).to(v.dtype).expand(b, -1, -1, -1))
+    num_rows = sum(part.shape[1] for part in keys)
+    padding = num_padding_rows(num_rows, v)
     if padding:
         zeros = v.new_zeros(()).expand(b, padding, heads, head_dim)
         keys.append(zeros)
@@ -186,11 +200,19 @@ def attention(
     v = torch.cat(values, dim=1).transpose(1, 2)
     q = attn.q_norm(q).transpose(1, 2)
     dropout = attn.attn_drop.p if attn.attn_drop.training else 0.0
+    bias = None
+    if mask is not None:  # additive, (B, 1, 1, M)
+        bias = v.new_zeros(b, num_rows + padding)
+        bias[:, num_rows:] = float("-inf")
+        bias[:, num_rows - mask.shape[1] : num_rows].masked_fill_(~mask, float("-inf"))
+        bias = bias[:, None, None]
     if attn.fused_attn:
-        out = attend(q, k, v, scale=attn.scale, padding=padding, dropout=dropout)
+        out = attend(q, k, v, scale=attn.scale, padding=padding, dropout=dropout, bias=bias)
     else:
         logits = (q * attn.scale) @ k.transpose(-2, -1)
-        kept = k.shape[2] - padding
+        if bias is not None:
+            logits = logits + bias
+        kept = num_rows
         out = F.dropout(logits[..., :kept].softmax(dim=-1), dropout) @ v[:, :, :kept]
     out = attn.norm(out.transpose(1, 2).reshape(b, num_out, width))
     if attn.gate is not None:
@@ -200,7 +222,7 @@ def attention(
 
 
 def _key_value_rows(attn: Any, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """(1 or B, P, D) after the norm -> keys, after the key norm, and values, (1 or B, P, H, d_h)."""
+    """(1 or B, P, D) after the norm -> keys after the key norm, values: (1 or B, P, H, d_h)."""
     width = attn.attn_dim
     pairs = project(attn.qkv, rows, width, 3 * width)
     k, v = pairs.view(*rows.shape[:2], 2, attn.num_heads, attn.head_dim).unbind(2)
