@@ -50,6 +50,35 @@ def attend(
     )
 
 
+def attend_to(attn: Any, q: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
+    """Attention as a timm module is set (scale, dropout, fused or not) over rows of any origin.
+
+    Args:
+        attn: timm attention module.
+        q: (B, N, H, d_h).
+        keys: parts, each (1 or B, rows, H, d_h); joined in their order, which makes no difference.
+        values: the same parts of the values.
+
+    Returns: (B, N, H d_h), before norm, gate and projection.
+    """
+    b, n, heads, head_dim = q.shape
+    padding = num_padding_rows(sum(part.shape[1] for part in keys), values[0])
+    if padding:
+        zeros = values[0].new_zeros(()).expand(b, padding, heads, head_dim)
+        keys, values = [*keys, zeros], [*values, zeros]
+    k = torch.cat([part.expand(b, -1, -1, -1) for part in keys], dim=1).transpose(1, 2)
+    v = torch.cat([part.expand(b, -1, -1, -1) for part in values], dim=1).transpose(1, 2)
+    q = q.transpose(1, 2)
+    dropout = attn.attn_drop.p if attn.attn_drop.training else 0.0
+    if attn.fused_attn:
+        out = attend(q, k, v, scale=attn.scale, padding=padding, dropout=dropout)
+    else:
+        logits = (q * attn.scale) @ k.transpose(-2, -1)
+        kept = k.shape[2] - padding
+        out = F.dropout(logits[..., :kept].softmax(dim=-1), dropout) @ v[:, :, :kept]
+    return out.transpose(1, 2).reshape(b, n, heads * head_dim)
+
+
 def _mask(k: Tensor, padding: int) -> Tensor | None:
     """(1, 1, 1, M), -inf for the padding; None without."""
     if not padding:

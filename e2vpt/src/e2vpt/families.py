@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from e2vpt import vit
+from e2vpt import eva, vit
 from e2vpt.geometry import Geometry, class_name
 from e2vpt.prompts import KeyValuePrompts, VisualPrompts
 from shared_utils.errors import InputError
@@ -36,7 +36,7 @@ class Family(Protocol):
         """The keys and values, each (H, P, d_h), of visual prompts (P, D) in one layer."""
 
 
-FAMILIES: dict[type[nn.Module], Family] = {vit.CLASS: vit}
+FAMILIES: dict[type[nn.Module], Family] = {vit.CLASS: vit, eva.CLASS: eva}
 
 
 def family_of(backbone: nn.Module) -> Family:
