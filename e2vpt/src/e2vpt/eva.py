@@ -205,7 +205,7 @@ def attention(
 
 
 def _key_value_rows(attn: Any, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """(1 or B, P, D) after the norm -> keys, after the key norm, and values, (1 or B, P, G, d_h)."""
+    """(1 or B, P, D) after the norm -> normed keys, and values, both (1 or B, P, G, d_h)."""
     keys = attn.k_norm(_heads(_part(attn, rows, 1), attn))
     return keys, _heads(_part(attn, rows, 2), attn)
 
@@ -240,7 +240,8 @@ def _fused(attn: Any, y: Tensor, first: int, end: int) -> Tensor:
 
 
 def _heads(x: Tensor, attn: Any) -> Tensor:
-    return x.unflatten(-1, (-1, attn.head_dim))
+    out: Tensor = x.unflatten(-1, (-1, attn.head_dim))
+    return out
 
 
 def _num_kv_heads(attn: Any) -> int:

@@ -91,7 +91,9 @@ def prompted_features(
     """
     x = backbone.norm_pre(backbone.patch_drop(backbone._pos_embed(backbone.patch_embed(images))))
 
-    def run(i: int, x: Tensor, rows: Tensor | None, kv: Rows | None, num_out: int, _: int) -> Tensor:
+    def run(
+        i: int, x: Tensor, rows: Tensor | None, kv: Rows | None, num_out: int, _: int
+    ) -> Tensor:
         return run_block(backbone.blocks[i], x, rows, kv, num_out)
 
     return run_blocks(
@@ -109,12 +111,20 @@ def run_blocks(
     token_form: bool,
     pool_prompts: bool,
 ) -> Tensor:
-    """Run embedded tokens (B, N, D) through all blocks and the final norm; see above.
+    """Run embedded tokens through all blocks and the final norm, as `prompted_features` says.
 
     Args:
+        backbone: any whose blocks are in `blocks` and whose final norm is `norm`.
+        x: (B, N, D).
+        visual: as above.
+        kv: as above.
         run: one block, from its number, tokens, visual prompts that give only key and value rows,
             key-value prompts, the number of tokens to compute, and how many prompts are tokens
             now, right behind the prefix.
+        token_form: as above.
+        pool_prompts: as above.
+
+    Returns: as above.
     """
     # x.shape[0] and not len(x), which would fix the batch size when the model is exported.
     prefix, last = backbone.num_prefix_tokens, len(backbone.blocks) - 1
@@ -153,9 +163,7 @@ def folded_rows(backbone: Any, layer: int, rows: Tensor) -> tuple[Tensor, Tensor
     return keys[0].transpose(0, 1), values[0].transpose(0, 1)
 
 
-def run_block(
-    block: Any, x: Tensor, rows: Tensor | None, kv: Rows | None, num_out: int
-) -> Tensor:
+def run_block(block: Any, x: Tensor, rows: Tensor | None, kv: Rows | None, num_out: int) -> Tensor:
     """One block whose attention also sees prompts.
 
     Args:
@@ -179,9 +187,7 @@ def run_block(
     return out
 
 
-def attention(
-    attn: Any, y: Tensor, rows: Tensor | None, kv: Rows | None, num_out: int
-) -> Tensor:
+def attention(attn: Any, y: Tensor, rows: Tensor | None, kv: Rows | None, num_out: int) -> Tensor:
     """Multi-head attention of the first `num_out` tokens over all tokens and prompts.
 
     softmax(Q [K; K_visual; K_kv]ᵀ / sqrt(d_h)) [V; V_visual; V_kv], the order of rows being
@@ -232,7 +238,7 @@ def project_out(attn: Any, mixed: Tensor, y: Tensor) -> Tensor:
 
 
 def _key_value_rows(attn: Any, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """(1 or B, P, D) after the norm -> keys, after the key norm, and values, (1 or B, P, H, d_h)."""
+    """(1 or B, P, D) after the norm -> normed keys, and values, both (1 or B, P, H, d_h)."""
     width = attn.attn_dim
     pairs = project(attn.qkv, rows, width, 3 * width)
     k, v = pairs.view(*rows.shape[:2], 2, attn.num_heads, attn.head_dim).unbind(2)
