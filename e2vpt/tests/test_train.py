@@ -296,6 +296,7 @@ def test_checkpoint_keys(straight: Path) -> None:
     state = checkpoint.load(straight / "last.ckpt")
     assert state.keys() == {
         "model", "optimizer", "scaler", "rng", "epoch", "step", "best", "backbone", "config",
+        "spec",
     }  # fmt: skip
     prompts = {f"{kind}.{layer}" for kind in ("visual.weight", "kv.key") for layer in range(2)}
     assert state["model"].keys() == prompts | {"head.weight", "head.bias"}

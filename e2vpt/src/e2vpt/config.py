@@ -17,6 +17,7 @@ Method = Literal[
 BackboneTrains = Literal["none", "bias", "partial", "full"]
 Adapter = Literal["none", "lora", "adaptformer"]
 KVInit = Literal["kaiming", "trunc-normal", "patch"]
+Rewind = Literal["init", "trained", "reinit"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,11 +116,14 @@ class DataConfig:
     """The images: where they are, how they are split, and what is done to them."""
 
     source: str = "digits"
-    """digits (ships with scikit-learn), an image folder, one with train.csv, or a packed .npz"""
+    """digits (ships with scikit-learn), an image folder, one with train.csv, or a packed .npz; a
+    folder of VTAB-1k (train800.txt) or FGVC (train.json)"""
     num_train: int = 0
     """training images drawn from a source that is not split (0: what the other splits leave)"""
     num_val: int = 0
     """validation images drawn where there is no such split (0: a fifth of the training pool)"""
+    train_on_val: bool = False
+    """train on training and validation images together; no validation then"""
     img_size: int = 0
     """side of the square input in pixels (0: the backbone's own)"""
     resize: Literal["squash", "crop"] = "squash"
@@ -190,6 +194,43 @@ class OptimConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PruneConfig:
+    """Start from a finished run whose visual prompts are pruned, instead of from new prompts."""
+
+    source: str = ""
+    """run folder of the trained prompts (empty: train new ones)"""
+    num_tokens: int = 0
+    """visual prompts to remove from every layer, those of lowest importance"""
+    num_segments: int = 0
+    """segments to remove from each prompt that stays, by the survivors' own importance"""
+    of_segments: int = 8
+    """segments a prompt is cut into"""
+    rewind: Rewind = "init"
+    """what survivors start from: init (their initial values), trained, or reinit (new random)"""
+    per_layer: bool = False
+    """score and prune each layer on its own; otherwise prompt k goes from all layers together"""
+    interleaved: bool = False
+    """dimension j belongs to segment j mod R, instead of consecutive parts"""
+    random: bool = False
+    """prune at random: the control"""
+    compat: bool = False
+    """as the released code: signed gradients, and zero instead of removed; for comparison"""
+
+    def __post_init__(self) -> None:
+        """Check counts."""
+        for name in ("num_tokens", "num_segments"):
+            if getattr(self, name) < 0:
+                raise InputError(f"prune.{name}", getattr(self, name), "0 or more", "correct it")
+        if not self.num_segments < self.of_segments:
+            raise InputError(
+                "prune.num_segments",
+                self.num_segments,
+                f"less than prune.of_segments ({self.of_segments})",
+                "lower it",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """`e2vpt train`: everything of one run."""
 
@@ -198,4 +239,5 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    prune: PruneConfig = field(default_factory=PruneConfig)
     run: Annotated[RunConfig, tyro.conf.arg(name="")] = field(default_factory=RunConfig)
