@@ -24,6 +24,7 @@ from e2vpt.prompts import KeyValueRows, VisualRows
 from shared_utils.errors import InputError
 
 CLASS = VisionTransformer
+CLASSIFIER = "head"
 
 
 def check_supported(backbone: Any) -> Geometry:
@@ -179,8 +180,8 @@ def attention(
     if num_out == n:
         q, k, v = attn.qkv(y).view(b, n, 3, heads, head_dim).unbind(2)  # each (B, N, H, d_h)
     else:
-        q = _project(attn.qkv, y[:, :num_out], 0, width).view(b, num_out, heads, head_dim)
-        k, v = _project(attn.qkv, y, width, 3 * width).view(b, n, 2, heads, head_dim).unbind(2)
+        q = project(attn.qkv, y[:, :num_out], 0, width).view(b, num_out, heads, head_dim)
+        k, v = project(attn.qkv, y, width, 3 * width).view(b, n, 2, heads, head_dim).unbind(2)
     keys, values = [attn.k_norm(k)], [v]
     if rows is not None:
         k, v = _key_value_rows(attn, rows)
@@ -223,12 +224,12 @@ def attention(
 def _key_value_rows(attn: Any, rows: Tensor) -> tuple[Tensor, Tensor]:
     """(1 or B, P, D) after the norm -> keys after the key norm, values: (1 or B, P, H, d_h)."""
     width = attn.attn_dim
-    pairs = _project(attn.qkv, rows, width, 3 * width)
+    pairs = project(attn.qkv, rows, width, 3 * width)
     k, v = pairs.view(*rows.shape[:2], 2, attn.num_heads, attn.head_dim).unbind(2)
     return attn.k_norm(k), v
 
 
-def _project(linear: Any, x: Tensor, start: int, end: int) -> Tensor:
+def project(linear: Any, x: Tensor, start: int, end: int) -> Tensor:
     """Output columns [start, end) of a linear layer, computed alone where it is a plain one."""
     is_plain = type(linear) is nn.Linear  # and nothing that wraps or replaces one
     if not is_plain:
