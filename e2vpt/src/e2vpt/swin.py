@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from e2vpt.geometry import Geometry, LayerGeometry, class_name
-from e2vpt.prompts import KeyValuePrompts, VisualPrompts
+from e2vpt.prompts import KeyValueRows, VisualRows
 from e2vpt.swin_attention import head_dim, key_value_rows, per_window, window_attention
+from e2vpt.vit import Rows
 from shared_utils.errors import InputError
 
 # The classes of a backbone's stages, mergings, blocks and attention.
@@ -83,8 +84,8 @@ def check_supported(backbone: Any) -> Geometry:
 def prompted_features(
     backbone: Any,
     images: Tensor,
-    visual: VisualPrompts | None,
-    kv: KeyValuePrompts | None,
+    visual: VisualRows | None,
+    kv: KeyValueRows | None,
     *,
     token_form: bool = False,
     pool_prompts: bool = False,
@@ -118,7 +119,7 @@ def prompted_features(
             if rows is not None and (token_form or shallow or (pool_prompts and layer == last)):
                 tokens = rows.to(x.dtype).expand(x.shape[0], -1, -1)
                 x, rows = torch.cat([x[:, : size[0] * size[1]], tokens], dim=1), None
-            extra = kv(layer) if kv is not None and layer < kv.num_layers else None
+            extra = (*kv(layer), kv.mask) if kv is not None and layer < kv.num_layers else None
             x = run_block(block, x, size, rows, extra)
             layer += 1
     if pool_prompts:
@@ -166,9 +167,7 @@ def merge_patches(downsample: Any, x: Tensor, size: Size) -> tuple[Tensor, Size]
     return x, size
 
 
-def run_block(
-    block: Any, x: Tensor, size: Size, rows: Tensor | None, kv: tuple[Tensor, Tensor] | None
-) -> Tensor:
+def run_block(block: Any, x: Tensor, size: Size, rows: Tensor | None, kv: Rows | None) -> Tensor:
     """One block whose windows also see prompts.
 
     V1 norms what enters attention and the MLP, V2 what leaves them, so that there prompts enter
@@ -179,7 +178,8 @@ def run_block(
         x: (B, N + P', D), P' prompts that run as tokens behind the patches.
         size: height and width of the map.
         rows: (1 or B, P, D) visual prompts of this layer, used for keys and values only.
-        kv: key-value prompts, each (H, n, d_h).
+        kv: key-value prompts, each (H, n, d_h) or (B, H, n, d_h), and bool (B, n), False for those
+            that an image does not have, or None.
 
     Returns: (B, N + P', D).
     """
@@ -193,9 +193,7 @@ def run_block(
     return out
 
 
-def _mix(
-    block: Any, y: Tensor, size: Size, rows: Tensor | None, kv: tuple[Tensor, Tensor] | None
-) -> Tensor:
+def _mix(block: Any, y: Tensor, size: Size, rows: Tensor | None, kv: Rows | None) -> Tensor:
     """Attention in the block's windows: (B, N + P', D) -> the same shape."""
     batch, num_patches = y.shape[0], size[0] * size[1]
     (height, width), (shift_h, shift_w) = block.window_size, block.shift_size
