@@ -282,7 +282,7 @@ def remove(model: PromptedModel) -> nn.Module:
         adapters.detach(backbone)
         weight = next(backbone.parameters())
         head = before.head.to(weight.device, weight.dtype)
-        backbone.set_submodule(model.family.CLASSIFIER, head)
+        backbone.set_submodule(family_of(backbone).CLASSIFIER, head)
         for name, parameter in backbone.named_parameters():
             parameter.requires_grad_(before.trains.get(name, True))
         for name, module in backbone.named_modules():

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from e2vpt.geometry import Geometry, LayerGeometry, class_name
-from e2vpt.prompts import KeyValuePrompts, VisualPrompts
+from e2vpt.prompts import KeyValueRows, VisualRows
 from e2vpt.swin_attention import head_dim, key_value_rows, per_window, window_attention
 from shared_utils.errors import InputError
 
@@ -83,8 +83,8 @@ def check_supported(backbone: Any) -> Geometry:
 def prompted_features(
     backbone: Any,
     images: Tensor,
-    visual: VisualPrompts | None,
-    kv: KeyValuePrompts | None,
+    visual: VisualRows | None,
+    kv: KeyValueRows | None,
     *,
     token_form: bool = False,
     pool_prompts: bool = False,
@@ -119,7 +119,7 @@ def prompted_features(
                 tokens = rows.to(x.dtype).expand(x.shape[0], -1, -1)
                 x, rows = torch.cat([x[:, : size[0] * size[1]], tokens], dim=1), None
             extra = kv(layer) if kv is not None and layer < kv.num_layers else None
-            x = run_block(block, x, size, rows, extra)
+            x = run_block(block, x, size, rows, extra, kv.mask if kv is not None else None)
             layer += 1
     if pool_prompts:
         out: Tensor = backbone.norm(x)[:, None]
@@ -167,7 +167,12 @@ def merge_patches(downsample: Any, x: Tensor, size: Size) -> tuple[Tensor, Size]
 
 
 def run_block(
-    block: Any, x: Tensor, size: Size, rows: Tensor | None, kv: tuple[Tensor, Tensor] | None
+    block: Any,
+    x: Tensor,
+    size: Size,
+    rows: Tensor | None,
+    kv: tuple[Tensor, Tensor] | None,
+    kv_mask: Tensor | None,
 ) -> Tensor:
     """One block whose windows also see prompts.
 
@@ -179,22 +184,29 @@ def run_block(
         x: (B, N + P', D), P' prompts that run as tokens behind the patches.
         size: height and width of the map.
         rows: (1 or B, P, D) visual prompts of this layer, used for keys and values only.
-        kv: key-value prompts, each (H, n, d_h).
+        kv: key-value prompts, each (H, n, d_h) or (B, H, n, d_h).
+        kv_mask: bool (B, n), False for key-value prompts that a sample does not have.
 
     Returns: (B, N + P', D).
     """
     if _is_post_norm(block):
-        x = x + block.drop_path1(block.norm1(_mix(block, x, size, rows, kv)))
+        x = x + block.drop_path1(block.norm1(_mix(block, x, size, rows, kv, kv_mask)))
         out: Tensor = x + block.drop_path2(block.norm2(block.mlp(x)))
         return out
-    mixed = _mix(block, block.norm1(x), size, None if rows is None else block.norm1(rows), kv)
+    normed = None if rows is None else block.norm1(rows)
+    mixed = _mix(block, block.norm1(x), size, normed, kv, kv_mask)
     x = x + block.drop_path1(mixed)
     out = x + block.drop_path2(block.mlp(block.norm2(x)))
     return out
 
 
 def _mix(
-    block: Any, y: Tensor, size: Size, rows: Tensor | None, kv: tuple[Tensor, Tensor] | None
+    block: Any,
+    y: Tensor,
+    size: Size,
+    rows: Tensor | None,
+    kv: tuple[Tensor, Tensor] | None,
+    kv_mask: Tensor | None,
 ) -> Tensor:
     """Attention in the block's windows: (B, N + P', D) -> the same shape."""
     batch, num_patches = y.shape[0], size[0] * size[1]
@@ -211,7 +223,7 @@ def _mix(
     prompts = y[:, num_patches:]
     if prompts.shape[1]:
         windows = torch.cat([windows, per_window(prompts, batch, num_windows)], dim=1)
-    windows = window_attention(block.attn, windows, num_windows, mask, rows, kv)
+    windows = window_attention(block.attn, windows, num_windows, mask, rows, kv, kv_mask)
     area = height * width
     patches = windows[:, :area].unflatten(1, (height, width))
     patches = window_reverse(patches.contiguous(), block.window_size, *padded)

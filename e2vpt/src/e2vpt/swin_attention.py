@@ -28,7 +28,7 @@ MAX_LOG_SCALE = math.log(100)  # timm's bound on the learned scale of cosine att
 
 def head_dim(attn: Any) -> int:
     """d_h, which timm's window attention does not keep."""
-    return int(attn.qkv.out_features) // (3 * int(attn.num_heads))
+    return int(attn.proj.in_features) // int(attn.num_heads)
 
 
 def per_window(rows: Tensor, batch: int, num_windows: int) -> Tensor:
@@ -47,6 +47,7 @@ def window_attention(
     mask: Tensor | None,
     rows: Tensor | None,
     kv: tuple[Tensor, Tensor] | None,
+    kv_mask: Tensor | None,
 ) -> Tensor:
     """Multi-head attention in each window over its tokens and the prompts.  Paper: Sec. 3.3.
 
@@ -59,19 +60,22 @@ def window_attention(
         num_windows: W.
         mask: (W, A, A), added to the logits of shifted windows; None elsewhere.
         rows: (1 or B, P, D) visual prompts, used for keys and values only.
-        kv: key-value prompts, each (H, n, d_h), the same in all windows.
+        kv: key-value prompts, each (H, n, d_h) or (B, H, n, d_h), the same in all windows.
+        kv_mask: bool (B, n), False for key-value prompts that a sample does not have.
 
     Returns: (B·W, T, D) after the output projection.
     """
     count, num_tokens, _ = tokens.shape
+    batch = count // num_windows
     q, k, v = _heads(attn, tokens, 3)  # each (B·W, T, H, d_h)
     keys, values = [k], [v]
     if rows is not None:
         for parts, new in zip((keys, values), _heads(attn, rows, 2), strict=True):
-            parts.append(per_window(new, count // num_windows, num_windows))
+            parts.append(per_window(new, batch, num_windows))
     if kv is not None:
         for parts, new in zip((keys, values), kv, strict=True):
-            parts.append(new.transpose(0, 1).to(k.dtype).expand(count, -1, -1, -1))
+            own = new if new.ndim == 4 else new[None]  # (1 or B, H, n, d_h)
+            parts.append(per_window(own.transpose(1, 2).to(k.dtype), batch, num_windows))
     q = q.transpose(1, 2)  # (B·W, H, T, d_h)
     k = torch.cat(keys, dim=1).transpose(1, 2)  # (B·W, H, M, d_h)
     v = torch.cat(values, dim=1).transpose(1, 2)
@@ -79,14 +83,17 @@ def window_attention(
     area = bias.shape[-1]
     if mask is not None:
         bias = bias + mask[:, None]  # (W, H, A, A)
-    bias = F.pad(bias, (0, k.shape[2] - area, 0, num_tokens - area))  # (1 or W, H, T, M)
+    bias = F.pad(bias, (0, k.shape[2] - area, 0, num_tokens - area))[None]
+    if kv is not None and kv_mask is not None:
+        absent = F.pad(~kv_mask, (k.shape[2] - kv_mask.shape[1], 0))  # (B, M)
+        bias = torch.where(absent[:, None, None, None], float("-inf"), bias)
+    # bias: (1 or B, 1 or W, H, T, M)
     if type(attn) is V1 and attn.fused_attn:
-        if mask is not None:
-            bias = bias.expand(count // num_windows, *bias.shape).flatten(0, 1)
+        bias = bias.expand(batch, num_windows, -1, -1, -1).flatten(0, 1)
         dropout = attn.attn_drop.p if attn.attn_drop.training else 0.0
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
     else:
-        logits = _logits(attn, q, k).unflatten(0, (-1, bias.shape[0])) + bias
+        logits = _logits(attn, q, k).unflatten(0, (-1, num_windows)) + bias
         out = attn.attn_drop(attn.softmax(logits.flatten(0, 1))) @ v
     out = out.transpose(1, 2).flatten(2)
     mixed: Tensor = attn.proj_drop(attn.proj(out))
