@@ -18,9 +18,11 @@ from huggingface_hub.errors import EntryNotFoundError
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import resample_abs_pos_embed
 from timm.models import PretrainedCfg, get_deprecated_models
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from e2vpt.micro_vit import IMG_SIZE, PATCH_SIZE, build_micro_vit
+from e2vpt.published import average_patches
 from e2vpt.weight_files import WEIGHT_FILES, file_sha256, fill, first_line, load_file
 from shared_utils import checkpoint
 from shared_utils.errors import InputError, MissingFileError, near_miss
@@ -39,7 +41,7 @@ class Backbone:
     Attributes:
         module: the network with its classifier, or with `num_classes` 0 where none was loaded.
         name: what was asked for.
-        architecture: `micro_vit`, or the timm name without a tag.
+        architecture: `micro_vit`, or the timm name; of a file with the tag that was asked for.
         weights: `shipped`, `timm:<name.tag>`, a file name with its sha256 prefix, or `random`.
         img_size: (H, W) of the input in pixels.
         mean: of the pixels in 0 to 1, per channel in RGB order.
@@ -66,9 +68,12 @@ def load_backbone(
 ) -> Backbone:
     """Build a backbone and load its weights.
 
+    MAE's (tag `mae`, as a name or as the architecture of a file) pool the mean of the patches and
+    not, as timm builds them, the class token; see `published.average_patches`.
+
     Args:
         name: `micro_vit`, a timm name with or without a tag, or a weight file (`WEIGHT_FILES`).
-        architecture: for a file, its timm name (a tag chooses the pixel statistics), or
+        architecture: for a file, its timm name (a tag chooses pixel statistics and pooling), or
             `micro_vit` for the model.safetensors of `e2vpt pretrain` with model.json beside it.
         img_size: (H, W) to build for, the backbone's own by default; positional embeddings are
             resampled.
@@ -111,7 +116,9 @@ def load_backbone(
         size = img_size or (cfg.input_size[-2], cfg.input_size[-1])
     module.eval()
     sha256 = fingerprint(module) if pretrained else ""
-    return Backbone(module, name, built, weights, size, mean, std, sha256)
+    # For a file its tag says how to build it again.
+    described = built if path is None else wanted
+    return Backbone(module, name, described, weights, size, mean, std, sha256)
 
 
 @torch.no_grad()
@@ -245,6 +252,8 @@ def _load_timm(
         heads: Any = cfg.classifier or "head"  # a tuple in some families
         load_file(module, path, architecture, (heads,) if isinstance(heads, str) else tuple(heads))
         weights = f"{path.name} sha256:{file_sha256(path)[:12]}"
+    if cfg.tag == "mae" and type(module) is VisionTransformer:
+        average_patches(module)
     return module, weights
 
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from e2vpt import swin, vit
+from e2vpt import eva, swin, vit
 from e2vpt.geometry import Geometry, class_name
 from e2vpt.prompts import KeyValueRows, VisualRows
 from shared_utils.errors import InputError
@@ -42,7 +42,11 @@ class Family(Protocol):
         """The keys and values, each (H, P, d_h), of visual prompts (P, D) in one layer."""
 
 
-FAMILIES: dict[type[nn.Module], Family] = {vit.CLASS: vit, **dict.fromkeys(swin.CLASSES, swin)}
+FAMILIES: dict[type[nn.Module], Family] = {
+    vit.CLASS: vit,
+    eva.CLASS: eva,
+    **dict.fromkeys(swin.CLASSES, swin),
+}
 
 
 def family_of(backbone: nn.Module) -> Family:

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from e2vpt.geometry import Geometry, LayerGeometry, class_name
 from e2vpt.prompts import KeyValueRows, VisualRows
 from e2vpt.swin_attention import head_dim, key_value_rows, per_window, window_attention
+from e2vpt.vit import Rows
 from shared_utils.errors import InputError
 
 # The classes of a backbone's stages, mergings, blocks and attention.
@@ -118,8 +119,8 @@ def prompted_features(
             if rows is not None and (token_form or shallow or (pool_prompts and layer == last)):
                 tokens = rows.to(x.dtype).expand(x.shape[0], -1, -1)
                 x, rows = torch.cat([x[:, : size[0] * size[1]], tokens], dim=1), None
-            extra = kv(layer) if kv is not None and layer < kv.num_layers else None
-            x = run_block(block, x, size, rows, extra, kv.mask if kv is not None else None)
+            extra = (*kv(layer), kv.mask) if kv is not None and layer < kv.num_layers else None
+            x = run_block(block, x, size, rows, extra)
             layer += 1
     if pool_prompts:
         out: Tensor = backbone.norm(x)[:, None]
@@ -166,14 +167,7 @@ def merge_patches(downsample: Any, x: Tensor, size: Size) -> tuple[Tensor, Size]
     return x, size
 
 
-def run_block(
-    block: Any,
-    x: Tensor,
-    size: Size,
-    rows: Tensor | None,
-    kv: tuple[Tensor, Tensor] | None,
-    kv_mask: Tensor | None,
-) -> Tensor:
+def run_block(block: Any, x: Tensor, size: Size, rows: Tensor | None, kv: Rows | None) -> Tensor:
     """One block whose windows also see prompts.
 
     V1 norms what enters attention and the MLP, V2 what leaves them, so that there prompts enter
@@ -184,30 +178,22 @@ def run_block(
         x: (B, N + P', D), P' prompts that run as tokens behind the patches.
         size: height and width of the map.
         rows: (1 or B, P, D) visual prompts of this layer, used for keys and values only.
-        kv: key-value prompts, each (H, n, d_h) or (B, H, n, d_h).
-        kv_mask: bool (B, n), False for key-value prompts that a sample does not have.
+        kv: key-value prompts, each (H, n, d_h) or (B, H, n, d_h), and bool (B, n), False for those
+            that an image does not have, or None.
 
     Returns: (B, N + P', D).
     """
     if _is_post_norm(block):
-        x = x + block.drop_path1(block.norm1(_mix(block, x, size, rows, kv, kv_mask)))
+        x = x + block.drop_path1(block.norm1(_mix(block, x, size, rows, kv)))
         out: Tensor = x + block.drop_path2(block.norm2(block.mlp(x)))
         return out
-    normed = None if rows is None else block.norm1(rows)
-    mixed = _mix(block, block.norm1(x), size, normed, kv, kv_mask)
+    mixed = _mix(block, block.norm1(x), size, None if rows is None else block.norm1(rows), kv)
     x = x + block.drop_path1(mixed)
     out = x + block.drop_path2(block.mlp(block.norm2(x)))
     return out
 
 
-def _mix(
-    block: Any,
-    y: Tensor,
-    size: Size,
-    rows: Tensor | None,
-    kv: tuple[Tensor, Tensor] | None,
-    kv_mask: Tensor | None,
-) -> Tensor:
+def _mix(block: Any, y: Tensor, size: Size, rows: Tensor | None, kv: Rows | None) -> Tensor:
     """Attention in the block's windows: (B, N + P', D) -> the same shape."""
     batch, num_patches = y.shape[0], size[0] * size[1]
     (height, width), (shift_h, shift_w) = block.window_size, block.shift_size
@@ -223,7 +209,7 @@ def _mix(
     prompts = y[:, num_patches:]
     if prompts.shape[1]:
         windows = torch.cat([windows, per_window(prompts, batch, num_windows)], dim=1)
-    windows = window_attention(block.attn, windows, num_windows, mask, rows, kv, kv_mask)
+    windows = window_attention(block.attn, windows, num_windows, mask, rows, kv)
     area = height * width
     patches = windows[:, :area].unflatten(1, (height, width))
     patches = window_reverse(patches.contiguous(), block.window_size, *padded)

@@ -18,7 +18,7 @@ from timm.models import swin_transformer, swin_transformer_v2
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from e2vpt.vit import project
+from e2vpt.vit import Rows, project
 
 V1 = swin_transformer.WindowAttention
 V2 = swin_transformer_v2.WindowAttention
@@ -28,6 +28,7 @@ MAX_LOG_SCALE = math.log(100)  # timm's bound on the learned scale of cosine att
 
 def head_dim(attn: Any) -> int:
     """d_h, which timm's window attention does not keep."""
+    # Not from `qkv`, in whose place an adapter may stand.
     return int(attn.proj.in_features) // int(attn.num_heads)
 
 
@@ -46,8 +47,7 @@ def window_attention(
     num_windows: int,
     mask: Tensor | None,
     rows: Tensor | None,
-    kv: tuple[Tensor, Tensor] | None,
-    kv_mask: Tensor | None,
+    kv: Rows | None,
 ) -> Tensor:
     """Multi-head attention in each window over its tokens and the prompts.  Paper: Sec. 3.3.
 
@@ -60,22 +60,22 @@ def window_attention(
         num_windows: W.
         mask: (W, A, A), added to the logits of shifted windows; None elsewhere.
         rows: (1 or B, P, D) visual prompts, used for keys and values only.
-        kv: key-value prompts, each (H, n, d_h) or (B, H, n, d_h), the same in all windows.
-        kv_mask: bool (B, n), False for key-value prompts that a sample does not have.
+        kv: key-value prompts, each (H, n, d_h) or (B, H, n, d_h), the same in all windows, and bool
+            (B, n), False for those that an image does not have, or None.
 
     Returns: (B·W, T, D) after the output projection.
     """
     count, num_tokens, _ = tokens.shape
-    batch = count // num_windows
     q, k, v = _heads(attn, tokens, 3)  # each (B·W, T, H, d_h)
     keys, values = [k], [v]
     if rows is not None:
         for parts, new in zip((keys, values), _heads(attn, rows, 2), strict=True):
-            parts.append(per_window(new, batch, num_windows))
+            parts.append(per_window(new, count // num_windows, num_windows))
     if kv is not None:
-        for parts, new in zip((keys, values), kv, strict=True):
-            own = new if new.ndim == 4 else new[None]  # (1 or B, H, n, d_h)
-            parts.append(per_window(own.transpose(1, 2).to(k.dtype), batch, num_windows))
+        for parts, shared_or_own in ((keys, kv[0]), (values, kv[1])):
+            new = shared_or_own if shared_or_own.ndim == 4 else shared_or_own[None]
+            new = new.transpose(1, 2).to(k.dtype)
+            parts.append(per_window(new, count // num_windows, num_windows))
     q = q.transpose(1, 2)  # (B·W, H, T, d_h)
     k = torch.cat(keys, dim=1).transpose(1, 2)  # (B·W, H, M, d_h)
     v = torch.cat(values, dim=1).transpose(1, 2)
@@ -83,17 +83,18 @@ def window_attention(
     area = bias.shape[-1]
     if mask is not None:
         bias = bias + mask[:, None]  # (W, H, A, A)
-    bias = F.pad(bias, (0, k.shape[2] - area, 0, num_tokens - area))[None]
-    if kv is not None and kv_mask is not None:
-        absent = F.pad(~kv_mask, (k.shape[2] - kv_mask.shape[1], 0))  # (B, M)
-        bias = torch.where(absent[:, None, None, None], float("-inf"), bias)
-    # bias: (1 or B, 1 or W, H, T, M)
+    bias = F.pad(bias, (0, k.shape[2] - area, 0, num_tokens - area))  # (1 or W, H, T, M)
+    if kv is not None and kv[2] is not None:
+        lacks = bias.new_zeros(len(kv[2]), k.shape[2])
+        lacks[:, -kv[2].shape[1] :].masked_fill_(~kv[2], float("-inf"))
+        bias = (bias.expand(num_windows, -1, -1, -1) + lacks[:, None, None, None]).flatten(0, 1)
     if type(attn) is V1 and attn.fused_attn:
-        bias = bias.expand(batch, num_windows, -1, -1, -1).flatten(0, 1)
+        if bias.shape[0] not in (1, count):
+            bias = bias.expand(count // num_windows, *bias.shape).flatten(0, 1)
         dropout = attn.attn_drop.p if attn.attn_drop.training else 0.0
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
     else:
-        logits = _logits(attn, q, k).unflatten(0, (-1, num_windows)) + bias
+        logits = _logits(attn, q, k).unflatten(0, (-1, bias.shape[0])) + bias
         out = attn.attn_drop(attn.softmax(logits.flatten(0, 1))) @ v
     out = out.transpose(1, 2).flatten(2)
     mixed: Tensor = attn.proj_drop(attn.proj(out))

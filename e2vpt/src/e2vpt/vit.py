@@ -10,21 +10,24 @@ Shapes: B batch, N tokens (prefix and patches), P visual prompts, n key-value pr
 H heads, D width, d_h = D / H.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from timm.layers import Attention
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from e2vpt.attend import attend, num_padding_rows
+from e2vpt.attend import attend_to
 from e2vpt.geometry import Geometry, LayerGeometry, class_name
 from e2vpt.prompts import KeyValueRows, VisualRows
 from shared_utils.errors import InputError
 
 CLASS = VisionTransformer
 CLASSIFIER = "head"
+Rows = tuple[Tensor, Tensor, Tensor | None]  # keys, values, and which of them an image has
+BlockRunner = Callable[[int, Tensor, Tensor | None, Rows | None, int, int], Tensor]
 
 
 def check_supported(backbone: Any) -> Geometry:
@@ -41,11 +44,11 @@ def check_supported(backbone: Any) -> Geometry:
         )
     blocks: Any = backbone.blocks
     for i, block in enumerate(blocks):
-        if type(block) is not Block:
+        if type(block) not in (Block, ResPostBlock):
             raise InputError(
                 "backbone",
                 f"block class {class_name(block)} in layer {i}",
-                "timm's Block",
+                "timm's Block or ResPostBlock",
                 "choose another model",
             )
         if type(block.attn) is not Attention:
@@ -87,13 +90,49 @@ def prompted_features(
     Returns: (B, N, D); (B, 1, D), the class token, where pooling takes nothing else; or
         (B, N + P, D) with `pool_prompts`.
     """
-    # x.shape[0] and not len(x), which would fix the batch size when the model is exported.
     x = backbone.norm_pre(backbone.patch_drop(backbone._pos_embed(backbone.patch_embed(images))))
+
+    def run(
+        i: int, x: Tensor, rows: Tensor | None, kv: Rows | None, num_out: int, _: int
+    ) -> Tensor:
+        return run_block(backbone.blocks[i], x, rows, kv, num_out)
+
+    return run_blocks(
+        backbone, x, visual, kv, run, token_form=token_form, pool_prompts=pool_prompts
+    )
+
+
+def run_blocks(
+    backbone: Any,
+    x: Tensor,
+    visual: VisualRows | None,
+    kv: KeyValueRows | None,
+    run: BlockRunner,
+    *,
+    token_form: bool,
+    pool_prompts: bool,
+) -> Tensor:
+    """Run embedded tokens through all blocks and the final norm, as `prompted_features` says.
+
+    Args:
+        backbone: any whose blocks are in `blocks` and whose final norm is `norm`.
+        x: (B, N, D).
+        visual: as above.
+        kv: as above.
+        run: one block, from its number, tokens, visual prompts that give only key and value rows,
+            key-value prompts, the number of tokens to compute, and how many prompts are tokens
+            now, right behind the prefix.
+        token_form: as above.
+        pool_prompts: as above.
+
+    Returns: as above.
+    """
+    # x.shape[0] and not len(x), which would fix the batch size when the model is exported.
     prefix, last = backbone.num_prefix_tokens, len(backbone.blocks) - 1
     shallow = visual is not None and visual.num_layers == 1 and last > 0
     only_class_token = backbone.global_pool == "token" and not (token_form or pool_prompts)
     carried = 0  # prompts now in the sequence
-    for i, block in enumerate(backbone.blocks):
+    for i in range(last + 1):
         rows = visual(i, x.shape[0]) if visual is not None and (i == 0 or not shallow) else None
         as_tokens = token_form or shallow or (pool_prompts and i == last)
         if rows is not None and as_tokens:
@@ -101,8 +140,8 @@ def prompted_features(
             x = torch.cat([x[:, :prefix], tokens, x[:, prefix + carried :]], dim=1)
             carried, rows = tokens.shape[1], None
         num_out = 1 if i == last and only_class_token else x.shape[1]
-        extra = kv(i) if kv is not None and i < kv.num_layers else None
-        x = run_block(block, x, rows, extra, num_out, kv.mask if kv is not None else None)
+        extra = (*kv(i), kv.mask) if kv is not None and i < kv.num_layers else None
+        x = run(i, x, rows, extra, num_out, carried)
     if carried and not pool_prompts and x.shape[1] > prefix + carried:
         x = torch.cat([x[:, :prefix], x[:, prefix + carried :]], dim=1)
     out: Tensor = backbone.norm(x)
@@ -120,46 +159,37 @@ def folded_rows(backbone: Any, layer: int, rows: Tensor) -> tuple[Tensor, Tensor
     Returns: keys, after the key norm, and values, each (H, P, d_h).
     """
     block = backbone.blocks[layer]
-    keys, values = _key_value_rows(block.attn, block.norm1(rows[None]))
+    rows = block.norm1(rows[None]) if type(block) is Block else rows[None]
+    keys, values = _key_value_rows(block.attn, rows)
     return keys[0].transpose(0, 1), values[0].transpose(0, 1)
 
 
-def run_block(
-    block: Any,
-    x: Tensor,
-    rows: Tensor | None,
-    kv: tuple[Tensor, Tensor] | None,
-    num_out: int,
-    mask: Tensor | None = None,
-) -> Tensor:
-    """One pre-norm block whose attention also sees prompts.
+def run_block(block: Any, x: Tensor, rows: Tensor | None, kv: Rows | None, num_out: int) -> Tensor:
+    """One block whose attention also sees prompts.
 
     Args:
-        block: timm `Block`.
+        block: timm `Block`, or `ResPostBlock`, whose norms come behind attention and MLP.
         x: (B, N, D).
         rows: (1 or B, P, D) visual prompts of this layer, used for keys and values only.
-        kv: key-value prompts, each (H, n, d_h), or (B, H, n, d_h).
+        kv: key-value prompts, each (H, n, d_h) or (B, H, n, d_h), and bool (B, n), False for those
+            that an image does not have, or None.
         num_out: compute the first `num_out` tokens only; the others serve as keys and values.
-        mask: bool (B, n), False for key-value prompts that an image does not have.
 
     Returns: (B, num_out, D).
     """
+    if type(block) is ResPostBlock:
+        mixed = block.norm1(attention(block.attn, x, rows, kv, num_out))
+        x = x[:, :num_out] + block.drop_path1(mixed)
+        post: Tensor = x + block.drop_path2(block.norm2(block.mlp(x)))
+        return post
     y = block.norm1(x)
-    normed = None if rows is None else block.norm1(rows)
-    mixed = attention(block.attn, y, normed, kv, num_out, mask)
+    mixed = attention(block.attn, y, None if rows is None else block.norm1(rows), kv, num_out)
     x = x[:, :num_out] + block.drop_path1(block.ls1(mixed))
     out: Tensor = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
     return out
 
 
-def attention(
-    attn: Any,
-    y: Tensor,
-    rows: Tensor | None,
-    kv: tuple[Tensor, Tensor] | None,
-    num_out: int,
-    mask: Tensor | None = None,
-) -> Tensor:
+def attention(attn: Any, y: Tensor, rows: Tensor | None, kv: Rows | None, num_out: int) -> Tensor:
     """Multi-head attention of the first `num_out` tokens over all tokens and prompts.
 
     softmax(Q [K; K_visual; K_kv]ᵀ / sqrt(d_h)) [V; V_visual; V_kv], the order of rows being
@@ -169,9 +199,9 @@ def attention(
         attn: timm `Attention`.
         y: (B, N, D) after the norm.
         rows: (1 or B, P, D) visual prompts after the norm.
-        kv: key-value prompts, each (H, n, d_h), or (B, H, n, d_h).
+        kv: key-value prompts, each (H, n, d_h) or (B, H, n, d_h), and bool (B, n), False for those
+            that an image does not have, or None.
         num_out: number of query tokens.
-        mask: bool (B, n), False for key-value prompts that an image does not have.
 
     Returns: (B, num_out, D) after the output projection.
     """
@@ -185,44 +215,35 @@ def attention(
     keys, values = [attn.k_norm(k)], [v]
     if rows is not None:
         k, v = _key_value_rows(attn, rows)
-        keys.append(k.expand(b, -1, -1, -1))
-        values.append(v.expand(b, -1, -1, -1))
+        keys.append(k)
+        values.append(v)
     if kv is not None:
-        keys.append(kv[0].transpose(-3, -2).to(k.dtype).expand(b, -1, -1, -1))
-        values.append(kv[1].transpose(-3, -2).to(v.dtype).expand(b, -1, -1, -1))
-    num_rows = sum(part.shape[1] for part in keys)
-    padding = num_padding_rows(num_rows, v)
-    if padding:
-        zeros = v.new_zeros(()).expand(b, padding, heads, head_dim)
-        keys.append(zeros)
-        values.append(zeros)
-    k = torch.cat(keys, dim=1).transpose(1, 2)  # (B, H, M, d_h)
-    v = torch.cat(values, dim=1).transpose(1, 2)
-    q = attn.q_norm(q).transpose(1, 2)
-    dropout = attn.attn_drop.p if attn.attn_drop.training else 0.0
-    bias = None
-    if mask is not None:  # additive, (B, 1, 1, M)
-        bias = v.new_zeros(b, num_rows + padding)
-        bias[:, num_rows:] = float("-inf")
-        bias[:, num_rows - mask.shape[1] : num_rows].masked_fill_(~mask, float("-inf"))
-        bias = bias[:, None, None]
-    if attn.fused_attn:
-        out = attend(q, k, v, scale=attn.scale, padding=padding, dropout=dropout, bias=bias)
-    else:
-        logits = (q * attn.scale) @ k.transpose(-2, -1)
-        if bias is not None:
-            logits = logits + bias
-        kept = num_rows
-        out = F.dropout(logits[..., :kept].softmax(dim=-1), dropout) @ v[:, :, :kept]
-    out = attn.norm(out.transpose(1, 2).reshape(b, num_out, width))
+        for parts, shared_or_own in ((keys, kv[0]), (values, kv[1])):
+            new = shared_or_own if shared_or_own.ndim == 4 else shared_or_own[None]
+            parts.append(new.transpose(1, 2).to(k.dtype))
+    mask = None if kv is None else kv[2]
+    return project_out(attn, attend_to(attn, attn.q_norm(q), keys, values, mask), y)
+
+
+def project_out(attn: Any, mixed: Tensor, y: Tensor) -> Tensor:
+    """Norm, gate and projection behind the attention, where a timm module has them.
+
+    Args:
+        attn: timm `Attention`, `AttentionRope` or `EvaAttention`.
+        mixed: (B, N_out, H d_h).
+        y: (B, N, D), what the attention was given; its first rows make the gate.
+
+    Returns: (B, N_out, D).
+    """
+    mixed = attn.norm(mixed)
     if attn.gate is not None:
-        out = out * attn.gate(y[:, :num_out]).sigmoid()
-    mixed: Tensor = attn.proj_drop(attn.proj(out))
-    return mixed
+        mixed = mixed * attn.gate(y[:, : mixed.shape[1]]).sigmoid()
+    out: Tensor = attn.proj_drop(attn.proj(mixed))
+    return out
 
 
 def _key_value_rows(attn: Any, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """(1 or B, P, D) after the norm -> keys after the key norm, values: (1 or B, P, H, d_h)."""
+    """(1 or B, P, D) after the norm -> normed keys, and values, both (1 or B, P, H, d_h)."""
     width = attn.attn_dim
     pairs = project(attn.qkv, rows, width, 3 * width)
     k, v = pairs.view(*rows.shape[:2], 2, attn.num_heads, attn.head_dim).unbind(2)

@@ -23,6 +23,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from e2vpt.published import encoder_of, homeless_biases, is_moco_v3, set_moco_v3_heads
 from shared_utils import checkpoint
 from shared_utils.errors import InputError
 
@@ -71,8 +72,9 @@ def load_file(
 
     Args:
         module: built with random weights, at the input size that is wanted.
-        path: `.safetensors` and PyTorch files in timm's names or in any that timm converts for
-            this architecture; `.npz` as Google published its vision transformers.
+        path: `.safetensors` and PyTorch files in timm's names, in any that timm converts for this
+            architecture, or as the authors of MAE and MoCo v3 publish theirs (a MoCo v3 ViT-S sets
+            the model to its 12 heads); `.npz` as Google published its vision transformers.
         architecture: timm name without a tag.
         classifiers: names of the classifying layers, which may be absent or of another size.
 
@@ -81,8 +83,23 @@ def load_file(
     if path.suffix.lower() == ".npz":
         _fill_from_npz(module, path, architecture, classifiers)
         return
-    is_safetensors = path.suffix.lower() == ".safetensors"
-    state = checkpoint.load_weights(path)[0] if is_safetensors else _read_torch(path)
+    arch: object = None  # what the training code of a PyTorch file called it
+    if path.suffix.lower() == ".safetensors":
+        state = checkpoint.load_weights(path)[0]
+    else:
+        state, arch = _read_torch(path)
+    state = timm.models.clean_state_dict(state)  # prefixes of DDP and torch.compile
+    if is_moco_v3(state, arch):
+        set_moco_v3_heads(module)
+    homeless, lost = homeless_biases(module, state)
+    if lost:
+        raise InputError(
+            str(path),
+            f"a file that does not fit {architecture}: it {_few('has beyond it', lost)}",
+            "weights of that architecture",
+            f"try --model.architecture {architecture}_qkvb",
+        )
+    state = {k: v for k, v in encoder_of(state).items() if k not in homeless}
     fill(module, _to_timm(module, state, path, architecture), path, architecture, classifiers)
 
 
@@ -129,8 +146,8 @@ def first_line(error: BaseException) -> str:
     return text[0][:160].rstrip(".: ") if text else type(error).__name__
 
 
-def _read_torch(path: Path) -> dict[str, Tensor]:
-    """A PyTorch file's state dict, out of its wrappers. Never runs code that the file carries."""
+def _read_torch(path: Path) -> tuple[dict[str, Tensor], object]:
+    """A PyTorch file's state dict, out of its wrappers, and its `arch`. Never runs code in it."""
     try:
         if zipfile.is_zipfile(path):  # torch.load does not look at every checksum
             with zipfile.ZipFile(path) as archive:
@@ -151,6 +168,7 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
         ) from error
     except _DAMAGED as error:
         raise _damaged(path, error) from error
+    arch = content.get("arch") if isinstance(content, dict) else None
     while isinstance(content, dict):
         inner = [content[key] for key in WRAPPERS if isinstance(content.get(key), dict)]
         if not inner:
@@ -170,14 +188,13 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
             f"a state dict, plain or under {', '.join(WRAPPERS)}",
             "export the state dict alone",
         )
-    return {str(key): value for key, value in content.items()}
+    return {str(key): value for key, value in content.items()}, arch
 
 
 def _to_timm(
     module: nn.Module, state: dict[str, Tensor], path: Path, architecture: str
 ) -> Mapping[str, Tensor]:
     """Other names and shapes -> timm's, by timm's own conversion for the architecture."""
-    state = timm.models.clean_state_dict(state)  # prefixes of DDP and torch.compile
     family = sys.modules[timm.model_entrypoint(architecture).__module__]
     convert = getattr(family, "checkpoint_filter_fn", None)
     if convert is None:
