@@ -370,7 +370,9 @@ def test_what_is_not_known_is_refused(backbone: Callable[[], Any], message: str)
 
 
 def test_other_families_are_refused() -> None:
-    with pytest.raises(InputError, match=r"expected a timm VisionTransformer or .*SwinTransformerV2;"):
+    with pytest.raises(
+        InputError, match=r"expected a timm VisionTransformer or .*SwinTransformerV2;"
+    ):
         family_of(timm.create_model("test_resnet"))
 
 
