@@ -24,12 +24,13 @@ from e2vpt.config import TrainConfig
 from e2vpt.data_check import CheckConfig
 from e2vpt.pretrain_config import PretrainConfig
 from e2vpt.recipes import RECIPES
+from e2vpt.search_config import SearchConfig
 from e2vpt.train import _Training
 from shared_utils import checkpoint
 
 RUN_FILES = {
     "config.json", "metrics.jsonl", "last.ckpt", "last.ckpt.prev", "best.ckpt",
-    "model.safetensors", "model.json", "result.json",
+    "model.safetensors", "model.json", "result.json", "initial.safetensors",
     "curves.png", "confusion.png", "predictions.png", "tensorboard",
 }  # fmt: skip
 ONE_LINE = re.compile(r"error: [^\n]+?: got [^\n]+?, expected [^\n]+; [^\n]+\n")
@@ -232,6 +233,8 @@ def test_module_runs_as_a_command() -> None:
 
 CONFIGS: dict[str, Any] = {
     "train": TrainConfig,
+    "search": SearchConfig,
+    "prune": TrainConfig,
     "evaluate": cli.EvaluateConfig,
     "predict": cli.PredictConfig,
     "export": cli.ExportConfig,
@@ -323,7 +326,7 @@ PRETRAIN = ["pretrain", "tiny-imagenet-32"]
         (["train", "digits", "--optim.weight-decay", "inf"], ["optim.weight_decay: got inf"]),
         (["train", "digits", "--optim.epochs", "1", "--optim.warmup-epochs", "2"],
          ["optim.warmup_epochs: got 2", "expected at most optim.epochs (1)"]),
-        (["train", "digits", "--model.method", "lora"], ["model.method: got ", "lora", "vpt-deep"]),
+        (["train", "digits", "--model.method", "lore"], ["model.method: got ", "lore", "vpt-deep"]),
         (["train", "digits", "--model.prompt-dropout", "1"], ["model.prompt_dropout: got 1.0"]),
         (["train", "digits", "--data.batch-size", "0"], ["data.batch_size: got 0"]),
         (["train", "digits", "--data.resize", "squash"], ["data.augment: got crop"]),
