@@ -21,6 +21,7 @@ from e2vpt import cli
 from e2vpt.bench import BenchConfig
 from e2vpt.cli import main
 from e2vpt.config import TrainConfig
+from e2vpt.data_check import CheckConfig
 from e2vpt.pretrain_config import PretrainConfig
 from e2vpt.recipes import RECIPES
 from e2vpt.train import _Training
@@ -235,6 +236,7 @@ CONFIGS: dict[str, Any] = {
     "predict": cli.PredictConfig,
     "export": cli.ExportConfig,
     "info": cli.InfoConfig,
+    "data": CheckConfig,
     "pretrain": PretrainConfig,
     "bench": BenchConfig,
 }
@@ -288,8 +290,9 @@ def test_help_lists_every_option_with_its_default(
 
 def test_help_of_train_lists_the_recipes(capsys: pytest.CaptureFixture[str]) -> None:
     text = help_of(["train"], capsys)
-    for name, recipe in RECIPES.items():
-        assert f"{name} {recipe.about}" in text
+    for name, recipe in RECIPES.items():  # those of one description stand before it together
+        assert re.search(rf" {name} ([\w-]+ )*{re.escape(recipe.about)}", text)
+    assert text.count("each a VTAB-1k task") == text.count("each an FGVC data set") == 1
     assert "--resume RUN" in text
 
 
@@ -307,7 +310,7 @@ PRETRAIN = ["pretrain", "tiny-imagenet-32"]
     ("argv", "parts"),
     [
         (["trian"], ["command: got 'trian'", "did you mean 'train'?"]),
-        (["zzz"], ["command: got 'zzz'", "there are bench, evaluate"]),
+        (["zzz"], ["command: got 'zzz'", "there are bench, data, evaluate"]),
         (["train"], ["recipe: got ", "digits"]),
         (["train", "digit"], ["recipe: got 'digit'", "did you mean 'digits'?"]),
         (["train", "--optim.lr", "1"], ["recipe: got "]),
@@ -346,6 +349,10 @@ PRETRAIN = ["pretrain", "tiny-imagenet-32"]
         (["predict", "nowhere", "x.png"], ["nowhere/model.json: got no such file"]),
         (["predict", "nowhere", "x.png", "--batch-size", "0"], ["batch_size: got 0"]),
         (["export", "nowhere"], ["nowhere/model.json: got no such file"]),
+        (["data", "chek"], ["data: got 'chek', expected check"]),
+        (["data", "check", "vatb", "x"], ["got 'vatb', expected one of vtab, fgvc"]),
+        (["data", "check", "vtab", "nowhere"], ["folder: got nothing of vtab in 'nowhere'"]),
+        (["train", "vtab-cifr"], ["recipe: got 'vtab-cifr'", "did you mean 'vtab-cifar'?"]),
         (["info", "vit_nowhere"], ["model.backbone: got vit_nowhere"]),
         (["info", "resnet18"], ["backbone: got class timm.models.resnet.ResNet"]),
     ],

@@ -16,13 +16,13 @@ import torch
 
 import e2vpt
 import shared_utils
-from e2vpt import bench, cli, config, pretrain_config
+from e2vpt import bench, cli, config, data_check, pretrain_config
 from e2vpt.backbones import load_backbone
+from e2vpt.methods import build_spec
 from e2vpt.micro_vit import build_micro_vit
 from e2vpt.model import PromptedModel, parameter_report
 from e2vpt.pretrain_config import HEAD_DIM, PRETRAIN_RECIPES
 from e2vpt.recipes import RECIPES
-from e2vpt.train import build_spec
 
 SOURCE = Path(e2vpt.__file__).parent
 MODULES = sorted(name for _, name, _ in pkgutil.iter_modules([str(SOURCE)]))
@@ -87,6 +87,7 @@ CONFIGS = [
     cli.PredictConfig,
     cli.ExportConfig,
     cli.InfoConfig,
+    data_check.CheckConfig,
 ]
 
 

@@ -196,15 +196,22 @@ TRAINABLE = {
 HEAD = {"head.weight", "head.bias"}
 
 
+def each_layer(names: set[str], num_layers: int) -> set[str]:
+    """Prompts have a tensor for each layer: `kv.key` stands for `kv.key.0` and so on."""
+    lists = {"visual.weight", "kv.key", "kv.value"}
+    return (names - lists) | {f"{n}.{i}" for n in names & lists for i in range(num_layers)}
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("build", [micro, plain])
 @pytest.mark.parametrize("case", TRAINABLE)
 def test_prompts_and_head_train_and_nothing_else(
     case: str, build: Callable[[], nn.Module], optimizer: str
 ) -> None:
-    options, prompts = TRAINABLE[case]
+    options, names = TRAINABLE[case]
     backbone = build()
     model = model_of(backbone, **options).train()
+    prompts = each_layer(names, 1 if case == "shallow" else model.geometry.num_layers)
     assert {n for n, p in model.named_parameters() if p.requires_grad} == prompts | HEAD
     before = snapshot(model)
     train_steps(model, 1, optimizer)
@@ -235,20 +242,15 @@ def test_every_trainable_has_a_finite_gradient_that_is_not_zero(
         if parameter.requires_grad:
             assert parameter.grad is not None, name
             assert torch.isfinite(parameter.grad).all(), name
-            # Prompts: every layer, the first included.
-            parts = (
-                parameter.grad
-                if name in ("visual.weight", "kv.key", "kv.value")
-                else [parameter.grad]
-            )
-            assert all(part.abs().max() > 0 for part in parts), name
+            assert parameter.grad.abs().max() > 0, name
 
 
 @pytest.mark.parametrize("case", ["unshared", "projected", "token_form"])
 def test_two_steps_after_an_eval_pass_train_everything(case: str) -> None:
     """Nothing that the eval pass computed may be used again in training."""
-    options, prompts = TRAINABLE[case]
+    options, names = TRAINABLE[case]
     model = model_of(micro(), **options).eval()
+    prompts = each_layer(names, model.geometry.num_layers)
     with torch.no_grad():
         first = model(images())
     model.train()
@@ -311,7 +313,8 @@ def test_modes_are_right_from_the_start() -> None:
 def test_prompt_dropout_acts_per_sample_in_training_only(options: dict[str, Any]) -> None:
     model = model_of(plain(), prompt_dropout=0.5, **options)
     with torch.no_grad():
-        model.visual.weight.normal_()
+        for rows in model.visual.weight:
+            rows.normal_()
     same = images(1).expand(6, -1, -1, -1)
     model.eval()
     quiet = model.features(same)
@@ -360,13 +363,17 @@ def test_prompt_passes_every_option_on() -> None:
     model = prompt(micro(), 3, 4, 2, **options)
     assert model.spec.dict() == {
         "num_classes": 3, "num_visual_prompts": 4, "num_kv_prompts": 2,
-        "backbone_trains": "none", **options,
+        "backbone_trains": "none", "num_segments": 1, "num_kept_segments": 1,
+        "interleaved_segments": False, "per_layer_segments": False, **options,
     }  # fmt: skip
     assert model.spec == PromptSpec(**model.spec.dict())
-    assert model.visual.weight.shape == (1, 4, 6)
+    assert [rows.shape for rows in model.visual.weight] == [(4, 6)]
     assert model.visual.dropout == 0.3
-    assert model.kv.key.shape == model.kv.value.shape == (1, 2, 2, 8)
-    assert model.kv.key.abs().max() <= (6 / (3 * 4**2 + 16)) ** 0.5  # by the backbone's patch size
+    assert [rows.shape for rows in model.kv.key] == [(2, 2, 8)]
+    assert [rows.shape for rows in model.kv.value] == [(2, 2, 8)]
+    assert (
+        model.kv.key[0].abs().max() <= (6 / (3 * 4**2 + 16)) ** 0.5
+    )  # by the backbone's patch size
     assert model.head.bias[0].item() == pytest.approx(-4.59512, abs=5e-6)
 
 
@@ -385,10 +392,11 @@ def test_init_ranges_follow_the_backbones_patch_size() -> None:
     model = model_of(
         plain(embed_dim=64, patch_size=4), num_visual_prompts=50, num_kv_prompts=50, kv_init="patch"
     )
-    assert model.visual.weight.abs().max().item() == pytest.approx(
+    assert max(rows.abs().max().item() for rows in model.visual.weight) == pytest.approx(
         (6 / (3 * 16 + 64)) ** 0.5, rel=0.01
     )
-    assert model.kv.key.abs().max().item() == pytest.approx((6 / (3 * 16 + 16)) ** 0.5, rel=0.01)
+    largest = max(rows.abs().max().item() for rows in model.kv.key)
+    assert largest == pytest.approx((6 / (3 * 16 + 16)) ** 0.5, rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -539,7 +547,7 @@ def test_weights_that_were_tuned_stay_tuned_after_remove() -> None:
 def test_tuned_state_names_what_was_trained(options: dict[str, Any], names: set[str]) -> None:
     model = model_of(micro(), **options)
     state = tuned_state(model)
-    assert state.keys() == names
+    assert state.keys() == each_layer(names, model.geometry.num_layers)
     assert sum(t.numel() for t in state.values()) == parameter_report(model)["tuned"]
     assert not any(t.requires_grad for t in state.values())
 
@@ -574,15 +582,15 @@ def test_tuned_state_round_trip_is_bit_equal(trains: str) -> None:
 
 
 def drop(state: dict[str, Tensor]) -> None:
-    del state["kv.key"]
+    del state["kv.key.0"]
 
 
 def add(state: dict[str, Tensor]) -> None:
-    state["kv.value"] = state["kv.key"].clone()
+    state["kv.value.0"] = state["kv.key.0"].clone()
 
 
 def cut(state: dict[str, Tensor]) -> None:
-    state["visual.weight"] = state["visual.weight"][:, :-1]
+    state["visual.weight.1"] = state["visual.weight.1"][:-1]
 
 
 @pytest.mark.parametrize(
@@ -590,15 +598,15 @@ def cut(state: dict[str, Tensor]) -> None:
     [
         (
             drop,
-            r"^a\.safetensors: got no tensor 'kv\.key', expected the tensors of this model; ",
+            r"^a\.safetensors: got no tensor 'kv\.key\.0', expected the tensors of this model; ",
         ),
         (
             add,
-            r"^a\.safetensors: got an unexpected tensor 'kv\.value', expected the tensors of ",
+            r"^a\.safetensors: got an unexpected tensor 'kv\.value\.0', expected the tensors of ",
         ),
         (
             cut,
-            r"^a\.safetensors visual\.weight: got shape \(2, 3, 16\), expected \(2, 4, 16\); ",
+            r"^a\.safetensors visual\.weight\.1: got shape \(3, 16\), expected \(4, 16\); ",
         ),
     ],
 )

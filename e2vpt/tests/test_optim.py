@@ -136,7 +136,8 @@ def test_decay_is_for_prompts_and_weights_not_for_biases(name: Any) -> None:
     model = small_model(share_kv=False, prompt_dim=4)
     optimizer = build_optimizer(name, model.named_parameters(), lr=0.5, weight_decay=0.01)
     assert decay_of(optimizer, model) == {
-        "visual.weight": 0.01, "visual.project.weight": 0.01, "kv.key": 0.01, "kv.value": 0.01,
+        "visual.weight.0": 0.01, "visual.weight.1": 0.01, "visual.project.weight": 0.01,
+        "kv.key.0": 0.01, "kv.key.1": 0.01, "kv.value.0": 0.01, "kv.value.1": 0.01,
         "head.weight": 0.01, "visual.project.bias": 0.0, "head.bias": 0.0,
     }  # fmt: skip
     assert all(g["lr"] == 0.5 for g in optimizer.param_groups)

@@ -1,11 +1,13 @@
 """How prompts are initialised, dropped out and projected."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from e2vpt.geometry import Geometry, LayerGeometry
 from e2vpt.prompts import KeyValuePrompts, VisualPrompts
 from shared_utils.errors import InputError
 
@@ -13,6 +15,21 @@ from shared_utils.errors import InputError
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+def key_value(
+    num_layers: int, count: int, heads: int, head_dim: int, patch_size: int = 16, **options: Any
+) -> KeyValuePrompts:
+    """Rows for layers of one geometry."""
+    layer = LayerGeometry(heads * head_dim, heads, head_dim)
+    geometry = Geometry((layer,) * num_layers, patch_size, 1)
+    return KeyValuePrompts(geometry, num_layers, count, **options)
+
+
+def stacked(tensors: nn.ParameterList | None) -> Tensor:
+    """(L, ...)."""
+    assert tensors is not None
+    return torch.stack([tensor.detach() for tensor in tensors])
 
 
 def assert_uniform(values: Tensor, bound: float) -> None:
@@ -37,31 +54,31 @@ def assert_uniform(values: Tensor, bound: float) -> None:
 def test_visual_prompts_start_within_the_papers_bound(
     embed_dim: int, patch_size: int, bound: float
 ) -> None:
-    prompts = VisualPrompts(12, 50, embed_dim, patch_size=patch_size)
-    assert prompts.weight.shape == (12, 50, embed_dim)
+    prompts = VisualPrompts([embed_dim] * 12, 50, patch_size=patch_size)
+    assert stacked(prompts.weight).shape == (12, 50, embed_dim)
     assert math.sqrt(6 / (3 * patch_size**2 + embed_dim)) == pytest.approx(bound, abs=5e-6)
-    assert_uniform(prompts.weight, math.sqrt(6 / (3 * patch_size**2 + embed_dim)))
+    assert_uniform(stacked(prompts.weight), math.sqrt(6 / (3 * patch_size**2 + embed_dim)))
 
 
 def test_every_layer_and_prompt_starts_on_its_own() -> None:
-    rows = VisualPrompts(3, 4, 16, patch_size=4).weight.detach().reshape(12, 16)
+    rows = stacked(VisualPrompts([16] * 3, 4, patch_size=4).weight).reshape(12, 16)
     assert len(torch.unique(rows, dim=0)) == 12
 
 
 def test_visual_prompts_in_eval_are_the_layers_rows() -> None:
-    prompts = VisualPrompts(3, 4, 16, patch_size=4, dropout=0.5).eval()
+    prompts = VisualPrompts([16] * 3, 4, patch_size=4, dropout=0.5).eval()
     for layer in range(3):
         assert torch.equal(prompts(layer, 7), prompts.weight[layer][None])
 
 
 def test_without_dropout_training_changes_nothing() -> None:
-    prompts = VisualPrompts(2, 4, 16, patch_size=4, dropout=0.0).train()
+    prompts = VisualPrompts([16] * 2, 4, patch_size=4, dropout=0.0).train()
     assert torch.equal(prompts(1, 7), prompts.weight[1][None])
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5])
 def test_dropout_is_anew_for_each_sample_and_keeps_the_expectation(share: float) -> None:
-    prompts = VisualPrompts(2, 4, 16, patch_size=4, dropout=share).train()
+    prompts = VisualPrompts([16] * 2, 4, patch_size=4, dropout=share).train()
     batch = 20_000
     rows = prompts(1, batch).detach()
     assert rows.shape == (batch, 4, 16)
@@ -79,17 +96,19 @@ def test_dropout_is_anew_for_each_sample_and_keeps_the_expectation(share: float)
 
 
 def test_gradients_pass_dropout_to_the_kept_values_only() -> None:
-    prompts = VisualPrompts(1, 2, 8, patch_size=4, dropout=0.5).train()
+    prompts = VisualPrompts([8], 2, patch_size=4, dropout=0.5).train()
     rows = prompts(0, 3)
     rows.sum().backward()
-    torch.testing.assert_close(prompts.weight.grad[0], (rows.detach() != 0).sum(0) / 0.5)
+    torch.testing.assert_close(prompts.weight[0].grad, (rows.detach() != 0).sum(0) / 0.5)
 
 
 def test_projection_is_one_linear_map_for_all_layers() -> None:
-    prompts = VisualPrompts(3, 5, 64, patch_size=4, prompt_dim=256).eval()
-    assert prompts.weight.shape == (3, 5, 256)
+    prompts = VisualPrompts([64] * 3, 5, patch_size=4, prompt_dim=256).eval()
+    assert stacked(prompts.weight).shape == (3, 5, 256)
     assert [n for n, _ in prompts.named_parameters()] == [
-        "weight",
+        "weight.0",
+        "weight.1",
+        "weight.2",
         "project.weight",
         "project.bias",
     ]
@@ -102,8 +121,8 @@ def test_projection_is_one_linear_map_for_all_layers() -> None:
     assert prompts.project.weight.abs().max() > 2.5 * math.sqrt(2 / 64)  # normal, not uniform
     assert prompts.project.bias.abs().max() == 0
     # The range goes by the prompts' own width.
-    assert prompts.weight.abs().max() <= math.sqrt(6 / (3 * 16 + 256))
-    assert prompts.weight.abs().max() > 0.99 * math.sqrt(6 / (3 * 16 + 256))
+    assert stacked(prompts.weight).abs().max() <= math.sqrt(6 / (3 * 16 + 256))
+    assert stacked(prompts.weight).abs().max() > 0.99 * math.sqrt(6 / (3 * 16 + 256))
 
 
 # --- key-value prompts ---------------------------------------------------------------------------
@@ -119,29 +138,29 @@ def test_projection_is_one_linear_map_for_all_layers() -> None:
 def test_kaiming_bound_shrinks_with_the_number_of_rows(
     count: int, head_dim: int, bound: float
 ) -> None:
-    prompts = KeyValuePrompts(120, count, 12, head_dim, share=False)
+    prompts = key_value(120, count, 12, head_dim, share=False)
     assert math.sqrt(6 / (count * head_dim)) == pytest.approx(bound, abs=5e-6)
-    for rows in (prompts.key, prompts.value):
+    for rows in (stacked(prompts.key), stacked(prompts.value)):
         assert rows.shape == (120, 12, count, head_dim)
         assert_uniform(rows, math.sqrt(6 / (count * head_dim)))
 
 
 @pytest.mark.parametrize("count", [1, 10])
 def test_patch_bound_does_not_depend_on_the_rows(count: int) -> None:
-    prompts = KeyValuePrompts(120, count, 12, 64, init="patch", patch_size=16)
+    prompts = key_value(120, count, 12, 64, 16, init="patch")
     assert math.sqrt(6 / (3 * 16**2 + 16)) == pytest.approx(0.08748, abs=5e-6)
-    assert_uniform(prompts.key, math.sqrt(6 / (3 * 16**2 + 16)))
+    assert_uniform(stacked(prompts.key), math.sqrt(6 / (3 * 16**2 + 16)))
 
 
 def test_patch_bound_goes_by_the_patch_size() -> None:
     assert_uniform(
-        KeyValuePrompts(100, 2, 6, 64, init="patch", patch_size=4).key, math.sqrt(6 / (3 * 16 + 16))
+        stacked(key_value(100, 2, 6, 64, 4, init="patch").key), math.sqrt(6 / (3 * 16 + 16))
     )
 
 
 @pytest.mark.parametrize("count", [1, 10])
 def test_trunc_normal_has_std_002(count: int) -> None:
-    rows = KeyValuePrompts(120, count, 12, 64, init="trunc-normal").key.detach()
+    rows = stacked(key_value(120, count, 12, 64, init="trunc-normal").key)
     assert rows.std().item() == pytest.approx(0.02, rel=0.02)
     assert (rows.abs() < 0.02).float().mean().item() == pytest.approx(0.6827, abs=0.01)  # normal
 
@@ -151,36 +170,39 @@ def test_unknown_init_is_refused() -> None:
         InputError,
         match=r"^kv_init: got 'he', expected kaiming, trunc-normal or patch; correct it$",
     ):
-        KeyValuePrompts(1, 1, 1, 4, init="he")  # type: ignore[arg-type]
+        key_value(1, 1, 1, 4, init="he")
 
 
 def test_shared_rows_are_one_tensor_for_keys_and_values() -> None:
-    prompts = KeyValuePrompts(3, 2, 4, 8)
-    assert [n for n, _ in prompts.named_parameters()] == ["key"]
+    prompts = key_value(3, 2, 4, 8)
+    assert [n for n, _ in prompts.named_parameters()] == ["key.0", "key.1", "key.2"]
     assert prompts.num_layers == 3
     for layer in range(3):
         key, value = prompts(layer)
         assert torch.equal(key, prompts.key[layer])
         assert torch.equal(value, key)
     (key * value).sum().backward()
-    torch.testing.assert_close(prompts.key.grad[2], 2 * prompts.key.detach()[2])  # both uses count
+    torch.testing.assert_close(prompts.key[2].grad, 2 * prompts.key[2].detach())  # both uses count
 
 
 def test_unshared_rows_are_two_tensors() -> None:
-    prompts = KeyValuePrompts(3, 2, 4, 8, share=False)
-    assert [n for n, _ in prompts.named_parameters()] == ["key", "value"]
-    assert not torch.equal(prompts.key, prompts.value)
+    prompts = key_value(3, 2, 4, 8, share=False)
+    assert [n for n, _ in prompts.named_parameters()] == [
+        f"{kind}.{layer}" for kind in ("key", "value") for layer in range(3)
+    ]
+    assert not torch.equal(stacked(prompts.key), stacked(prompts.value))
     for layer in range(3):
         key, value = prompts(layer)
         assert torch.equal(key, prompts.key[layer])
+        assert prompts.value is not None
         assert torch.equal(value, prompts.value[layer])
 
 
 def test_every_layer_head_and_row_starts_on_its_own() -> None:
-    rows = KeyValuePrompts(3, 2, 4, 8).key.detach().reshape(24, 8)
+    rows = stacked(key_value(3, 2, 4, 8).key).reshape(24, 8)
     assert len(torch.unique(rows, dim=0)) == 24
 
 
 def test_key_value_prompts_have_no_dropout() -> None:
-    prompts = KeyValuePrompts(1, 2, 2, 8).train()
+    prompts = key_value(1, 2, 2, 8).train()
     assert torch.equal(prompts(0)[0], prompts.key[0])

@@ -296,8 +296,10 @@ def test_checkpoint_keys(straight: Path) -> None:
     state = checkpoint.load(straight / "last.ckpt")
     assert state.keys() == {
         "model", "optimizer", "scaler", "rng", "epoch", "step", "best", "backbone", "config",
+        "spec",
     }  # fmt: skip
-    assert state["model"].keys() == {"visual.weight", "kv.key", "head.weight", "head.bias"}
+    prompts = {f"{kind}.{layer}" for kind in ("visual.weight", "kv.key") for layer in range(2)}
+    assert state["model"].keys() == prompts | {"head.weight", "head.bias"}
     deployed = weights(straight)
     assert state["model"].keys() == deployed.keys()
     assert all(torch.equal(state["model"][name], deployed[name]) for name in deployed)
@@ -380,11 +382,11 @@ def test_resume_on_another_backbone_is_refused(
 @pytest.mark.parametrize(
     ("model", "match"),
     [
-        ({"method": "vpt-deep"}, r"last\.ckpt: got an unexpected tensor 'kv\.key'"),
-        ({"num_visual_prompts": 5}, r"visual\.weight: got shape \(2, 4, 64\), expected \(2, 5, 6"),
-        ({"num_kv_prompts": 3}, r"kv\.key: got shape \(2, 1, 2, 64\), expected \(2, 1, 3, 64\)"),
-        ({"kv_deep": False}, r"kv\.key: got shape \(2, 1, 2, 64\), expected \(1, 1, 2, 64\)"),
-        ({"share_kv": False}, r"last\.ckpt: got no tensor 'kv\.value'"),
+        ({"method": "vpt-deep"}, r"last\.ckpt: got an unexpected tensor 'kv\.key\.0'"),
+        ({"num_visual_prompts": 5}, r"visual\.weight\.0: got shape \(4, 64\), expected \(5, 64\)"),
+        ({"num_kv_prompts": 3}, r"kv\.key\.0: got shape \(1, 2, 64\), expected \(1, 3, 64\)"),
+        ({"kv_deep": False}, r"last\.ckpt: got an unexpected tensor 'kv\.key\.1'"),
+        ({"share_kv": False}, r"last\.ckpt: got no tensor 'kv\.value\.0'"),
     ],
 )  # fmt: skip
 def test_resume_of_another_model_is_refused(

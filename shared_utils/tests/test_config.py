@@ -1,6 +1,6 @@
 import dataclasses
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -328,6 +328,17 @@ def test_help_lists_the_recipes_and_every_option_with_its_default(capsys):
         "--overwrite, --no-overwrite start over (default: False)",
     ):
         assert option in text
+
+
+def test_help_lists_recipes_of_one_description_together(capsys):
+    many = {f"task-{i:02}": replace(RECIPES["pets"], recipe=f"task-{i:02}") for i in range(30)}
+    with pytest.raises(SystemExit):
+        parse_recipe({**RECIPES, **many}, ["--help"], prog="p")
+    said = capsys.readouterr().out
+    listed = said[said.index("recipes:") : said.index("a larger one")]
+    assert [word for word in listed.split() if word in many] == list(many)
+    assert said.count("a larger one") == 1
+    assert max(map(len, listed.splitlines())) < 100
 
 
 def test_help_of_one_recipe_shows_its_own_defaults(capsys):

@@ -27,7 +27,14 @@ def num_padding_rows(num_rows: int, like: Tensor) -> int:
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float, padding: int = 0, dropout: float = 0.0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    padding: int = 0,
+    dropout: float = 0.0,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """softmax(scale Q Kᵀ) V.
 
@@ -38,19 +45,32 @@ def attend(
         scale: factor of the logits.
         padding: the last so many rows of k and v get no weight.
         dropout: share of the weights to drop; only a backbone that trains has any.
+        bias: added to the logits, (B, 1, 1, M), -inf for the padding; None for none.
 
     Returns: (B, H, N, d_h).
     """
     is_low = q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16)
-    if is_low and not dropout and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
+    is_plain = is_low and bias is None and not dropout
+    if is_plain and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
         out: Tensor = _Attend.apply(q, k, v, scale, padding)  # type: ignore[no-untyped-call]
         return out
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=_mask(k, padding), dropout_p=dropout, scale=scale
+        q,
+        k,
+        v,
+        attn_mask=_mask(k, padding) if bias is None else bias,
+        dropout_p=dropout,
+        scale=scale,
     )
 
 
-def attend_to(attn: Any, q: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
+def attend_to(
+    attn: Any,
+    q: Tensor,
+    keys: list[Tensor],
+    values: list[Tensor],
+    mask: Tensor | None = None,
+) -> Tensor:
     """Attention as a timm module is set (scale, dropout, fused or not) over rows of any origin.
 
     Args:
@@ -58,11 +78,13 @@ def attend_to(attn: Any, q: Tensor, keys: list[Tensor], values: list[Tensor]) ->
         q: (B, N, H, d_h).
         keys: parts, each (1 or B, rows, H, d_h); joined in their order, which makes no difference.
         values: the same parts of the values.
+        mask: bool (B, n), False for those of the last n rows that an image does not have.
 
     Returns: (B, N, H d_h), before norm, gate and projection.
     """
     b, n, heads, head_dim = q.shape
-    padding = num_padding_rows(sum(part.shape[1] for part in keys), values[0])
+    num_rows = sum(part.shape[1] for part in keys)
+    padding = num_padding_rows(num_rows, values[0])
     if padding:
         zeros = values[0].new_zeros(()).expand(b, padding, heads, head_dim)
         keys, values = [*keys, zeros], [*values, zeros]
@@ -70,12 +92,20 @@ def attend_to(attn: Any, q: Tensor, keys: list[Tensor], values: list[Tensor]) ->
     v = torch.cat([part.expand(b, -1, -1, -1) for part in values], dim=1).transpose(1, 2)
     q = q.transpose(1, 2)
     dropout = attn.attn_drop.p if attn.attn_drop.training else 0.0
+    bias = None
+    if mask is not None:  # additive, (B, 1, 1, M)
+        bias = v.new_zeros(b, num_rows + padding)
+        bias[:, num_rows:] = float("-inf")
+        bias[:, num_rows - mask.shape[1] : num_rows].masked_fill_(~mask, float("-inf"))
+        bias = bias[:, None, None]
     if attn.fused_attn:
-        out = attend(q, k, v, scale=attn.scale, padding=padding, dropout=dropout)
+        out = attend(q, k, v, scale=attn.scale, padding=padding, dropout=dropout, bias=bias)
     else:
         logits = (q * attn.scale) @ k.transpose(-2, -1)
-        kept = k.shape[2] - padding
-        out = F.dropout(logits[..., :kept].softmax(dim=-1), dropout) @ v[:, :, :kept]
+        if bias is not None:
+            logits = logits + bias
+        weights = F.dropout(logits[..., :num_rows].softmax(dim=-1), dropout)
+        out = weights @ v[:, :, :num_rows]
     return out.transpose(1, 2).reshape(b, n, heads * head_dim)
 
 

@@ -88,6 +88,55 @@ def _train(argv: Sequence[str]) -> None:
         train(cfg)
 
 
+def _search(argv: Sequence[str]) -> None:
+    from e2vpt.recipes import SEARCH_RECIPES
+
+    _, cfg = parse_recipe(
+        SEARCH_RECIPES,
+        argv,
+        prog="e2vpt search",
+        about="Choose rate, decay and pruning on validation images; test the choice.",
+    )
+    from e2vpt.search import search
+
+    with stoppable():
+        search(cfg)
+
+
+def _prune(argv: Sequence[str]) -> None:
+    from e2vpt.config import TrainConfig
+    from e2vpt.recipes import RECIPES
+
+    prog, about = "e2vpt prune", "Prune a finished run's prompts and train what is left again."
+    words = list(argv)
+    if words and not words[0].startswith("-"):
+        before = load_json(TrainConfig, Path(words[0]) / "config.json")
+        start = replace(
+            before,
+            prune=replace(before.prune, source=words[0], num_tokens=0, num_segments=0),
+            run=replace(before.run, name="", resume="", overwrite=False),
+        )
+        cfg = parse(TrainConfig, words[1:], prog=f"{prog} RUN", default=start, about=about)
+        if not cfg.prune.num_tokens and not cfg.prune.num_segments:
+            raise InputError(
+                "prune.num_tokens",
+                "0, and no segments either",
+                "something to remove",
+                "give --prune.num-tokens or --prune.num-segments, or use e2vpt search",
+            )
+    elif "--resume" in words:
+        _, cfg = parse_recipe(RECIPES, words, prog=prog, about=about)
+    else:
+        start = replace(next(iter(RECIPES.values())))
+        parse(TrainConfig, [w for w in words if w in ("-h", "--help")], prog=f"{prog} RUN",
+              default=start, about=about)
+        raise InputError("RUN", "nothing", "a finished run folder first", f"{prog} RUN [OPTIONS]")
+    from e2vpt.train import train
+
+    with stoppable():
+        train(cfg)
+
+
 def _pretrain(argv: Sequence[str]) -> None:
     from e2vpt.pretrain_config import PRETRAIN_RECIPES
 
@@ -195,9 +244,29 @@ def _info(argv: Sequence[str]) -> None:
         told = " to ".join(f"width {width}, heads {heads}" for width, heads in widths)
         print(f"layers     {g.num_layers}, {told}")
     print(title)
-    for part in ("visual", "kv", "head", "backbone", "tuned", "total"):
-        print(f"{part:<10} {report[part]:>12,}")
+    for part in ("visual", "kv", "adapters", "head", "backbone", "tuned", "total"):
+        if part in report:  # cards of before there were adapters do not count them
+            print(f"{part:<10} {report[part]:>12,}")
     print(f"{'percent':<10} {report['percent']:>12.4f}")
+
+
+def _data(argv: Sequence[str]) -> None:
+    from e2vpt.data_check import LISTS, CheckConfig, Report, check, header, require_complete
+
+    action, *options = argv or ("--help",)
+    if action in ("-h", "--help"):
+        options = ["--help"]
+    elif action != "check":
+        raise InputError("data", f"'{action}'", "check", "try e2vpt data check --help")
+    about = CheckConfig.__doc__ or ""
+    cfg = parse(CheckConfig, options, prog="e2vpt data check", about=about)
+    reports: list[Report] = []
+    for report in check(cfg.suite, cfg.folder, deep=cfg.deep):
+        if not reports:
+            print(header(cfg.suite))
+        reports.append(report)
+        print(report.text(LISTS[cfg.suite]), flush=True)
+    print(require_complete(cfg.suite, cfg.folder, reports))
 
 
 def _bench(argv: Sequence[str]) -> None:
@@ -208,10 +277,13 @@ def _bench(argv: Sequence[str]) -> None:
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "train": (_train, "tune prompts, or a baseline, on a frozen backbone"),
+    "search": (_search, "choose rate, decay and pruning; compare methods"),
+    "prune": (_prune, "prune a run's prompts and train what is left again"),
     "evaluate": (_evaluate, "measure a trained run again"),
     "predict": (_predict, "classify images: CSV and picture sheet"),
     "export": (_export, "write a trained run as ONNX"),
     "info": (_info, "count what would train on a backbone, or show a run"),
+    "data": (_data, "check what is there of VTAB-1k or FGVC"),
     "pretrain": (_pretrain, "train the micro ViT from scratch"),
     "bench": (_bench, "time and memory against full fine-tuning and the plain backbone"),
 }

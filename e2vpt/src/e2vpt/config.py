@@ -11,8 +11,13 @@ from e2vpt.optim import OptimizerName, Schedule
 from shared_utils.errors import InputError
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
-Method = Literal["e2vpt", "vpt-shallow", "vpt-deep", "linear", "bias", "full"]
+Method = Literal[
+    "e2vpt", "vpt-shallow", "vpt-deep", "linear", "bias", "partial", "full", "lora", "adaptformer"
+]
+BackboneTrains = Literal["none", "bias", "partial", "full"]
+Adapter = Literal["none", "lora", "adaptformer"]
 KVInit = Literal["kaiming", "trunc-normal", "patch"]
+Rewind = Literal["init", "trained", "reinit"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +57,8 @@ class ModelConfig:
     """The frozen backbone and what is tuned on it."""
 
     method: Method = "e2vpt"
-    """what is trained: e2vpt, vpt-shallow, vpt-deep (prompts), linear (head), bias, full"""
+    """what is trained beside the head: e2vpt, vpt-shallow, vpt-deep (prompts), linear (nothing),
+    bias, partial (last blocks), full, lora, adaptformer"""
     backbone: str = "micro_vit"
     """micro_vit (ships with the package), a timm name, or a .safetensors, .pth or .npz file"""
     architecture: str = ""
@@ -77,9 +83,25 @@ class ModelConfig:
     """run deep prompts through the whole block as tokens: same output, slower; for comparison"""
     parity_head: bool = False
     """initialise the head as the paper's code does: Kaiming weight, bias -ln 99"""
+    partial_blocks: int = 1
+    """last blocks that train, with the final norm (partial)"""
+    lora_rank: int = 8
+    """rank of the updates of query and value projections (lora)"""
+    lora_alpha: float = 8.0
+    """the updates are scaled by lora_alpha / lora_rank (lora)"""
+    adapter_dim: int = 8
+    """width of the bottleneck beside each MLP (adaptformer)"""
+    adapter_scale: float = 0.1
+    """factor of what the bottleneck adds (adaptformer)"""
 
     def __post_init__(self) -> None:
         """Check counts and shares."""
+        for name in ("partial_blocks", "lora_rank", "adapter_dim"):
+            if getattr(self, name) < 1:
+                raise InputError(f"model.{name}", getattr(self, name), "1 or more", "correct it")
+        for name in ("lora_alpha", "adapter_scale"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise InputError(f"model.{name}", getattr(self, name), "more than 0", "correct it")
         for name in ("num_visual_prompts", "num_kv_prompts", "prompt_dim"):
             if getattr(self, name) < 0:
                 raise InputError(f"model.{name}", getattr(self, name), "0 or more", "correct it")
@@ -94,11 +116,14 @@ class DataConfig:
     """The images: where they are, how they are split, and what is done to them."""
 
     source: str = "digits"
-    """digits (ships with scikit-learn), an image folder, one with train.csv, or a packed .npz"""
+    """digits (ships with scikit-learn), an image folder, one with train.csv, or a packed .npz; a
+    folder of VTAB-1k (train800.txt) or FGVC (train.json)"""
     num_train: int = 0
     """training images drawn from a source that is not split (0: what the other splits leave)"""
     num_val: int = 0
     """validation images drawn where there is no such split (0: a fifth of the training pool)"""
+    train_on_val: bool = False
+    """train on training and validation images together; no validation then"""
     img_size: int = 0
     """side of the square input in pixels (0: the backbone's own)"""
     resize: Literal["squash", "crop"] = "squash"
@@ -169,6 +194,43 @@ class OptimConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PruneConfig:
+    """Start from a finished run whose visual prompts are pruned, instead of from new prompts."""
+
+    source: str = ""
+    """run folder of the trained prompts (empty: train new ones)"""
+    num_tokens: int = 0
+    """visual prompts to remove from every layer, those of lowest importance"""
+    num_segments: int = 0
+    """segments to remove from each prompt that stays, by the survivors' own importance"""
+    of_segments: int = 8
+    """segments a prompt is cut into"""
+    rewind: Rewind = "init"
+    """what survivors start from: init (their initial values), trained, or reinit (new random)"""
+    per_layer: bool = False
+    """score and prune each layer on its own; otherwise prompt k goes from all layers together"""
+    interleaved: bool = False
+    """dimension j belongs to segment j mod R, instead of consecutive parts"""
+    random: bool = False
+    """prune at random: the control"""
+    compat: bool = False
+    """as the released code: signed gradients, and zero instead of removed; for comparison"""
+
+    def __post_init__(self) -> None:
+        """Check counts."""
+        for name in ("num_tokens", "num_segments"):
+            if getattr(self, name) < 0:
+                raise InputError(f"prune.{name}", getattr(self, name), "0 or more", "correct it")
+        if not self.num_segments < self.of_segments:
+            raise InputError(
+                "prune.num_segments",
+                self.num_segments,
+                f"less than prune.of_segments ({self.of_segments})",
+                "lower it",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """`e2vpt train`: everything of one run."""
 
@@ -177,4 +239,5 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    prune: PruneConfig = field(default_factory=PruneConfig)
     run: Annotated[RunConfig, tyro.conf.arg(name="")] = field(default_factory=RunConfig)

@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_
 
 from e2vpt.config import DataConfig
 from e2vpt.images import IMAGENET_MEAN, IMAGENET_STD, Augment, Preprocessing, UnreadableImage
-from e2vpt.sources import Pool, load_source, some_of
+from e2vpt.readers import Pool, some_of
+from e2vpt.sources import load_source
 from e2vpt.splits import limited, split_source
 from shared_utils.errors import InputError
 from shared_utils.seeding import seed_worker
@@ -86,6 +87,12 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
         """The same images (cache shared) with another augmentation, `none` to evaluate on them."""
         return ImageSet(
             self.pool, self.preprocessing, augment=augment, seed=self.seed, cache=self._cache
+        )
+
+    def with_seed(self, seed: int) -> "ImageSet":
+        """The same images (cache shared) in another order, with other augmentation."""
+        return ImageSet(
+            self.pool, self.preprocessing, augment=self.augment, seed=seed, cache=self._cache
         )
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:

@@ -9,6 +9,7 @@ Shapes: B batch, N tokens (prefix and patches), P visual prompts, n key-value pr
 the queries, G heads of keys and values (H where they are not fewer), D width, d_h width of a head.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from torch.nn import functional as F
 
 from e2vpt.attend import attend_to
 from e2vpt.geometry import Geometry, LayerGeometry, class_name
-from e2vpt.prompts import KeyValuePrompts, VisualPrompts
+from e2vpt.prompts import KeyValueRows, VisualRows
 from e2vpt.vit import Rows, project, project_out, run_blocks
 from shared_utils.errors import InputError
 
@@ -66,8 +67,8 @@ def check_supported(backbone: Any) -> Geometry:
 def prompted_features(
     backbone: Any,
     images: Tensor,
-    visual: VisualPrompts | None,
-    kv: KeyValuePrompts | None,
+    visual: VisualRows | None,
+    kv: KeyValueRows | None,
     *,
     token_form: bool = False,
     pool_prompts: bool = False,
@@ -87,17 +88,27 @@ def prompted_features(
     """
     x, rope = backbone._pos_embed(backbone.patch_embed(images))
     x = backbone.norm_pre(x)
-
-    def run(
-        i: int, x: Tensor, rows: Tensor | None, kv: Rows | None, num_out: int, carried: int
-    ) -> Tensor:
-        # Mixed rotary embeddings are learned, one for each layer.
-        angles = rope[i] if backbone.rope_mixed and rope is not None else rope
-        return run_block(backbone.blocks[i], x, rows, kv, num_out, angles, carried)
-
+    run = partial(_run, backbone, rope, None if kv is None else kv.mask)
     return run_blocks(
         backbone, x, visual, kv, run, token_form=token_form, pool_prompts=pool_prompts
     )
+
+
+def _run(
+    backbone: Any,
+    rope: Tensor | None,
+    mask: Tensor | None,
+    i: int,
+    x: Tensor,
+    rows: Tensor | None,
+    kv: Rows | None,
+    num_out: int,
+    carried: int,
+) -> Tensor:
+    """The `BlockRunner` of `Eva`."""
+    if rope is not None and backbone.rope_mixed:  # learned, one for each layer
+        rope = rope[i]
+    return run_block(backbone.blocks[i], x, rows, kv, num_out, rope, carried, mask)
 
 
 def folded_rows(backbone: Any, layer: int, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -124,6 +135,7 @@ def run_block(
     num_out: int,
     rope: Tensor | None,
     carried: int,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """One block whose attention also sees prompts.
 
@@ -131,20 +143,21 @@ def run_block(
         block: timm `EvaBlock`, or `EvaBlockPostNorm`, whose norms come behind attention and MLP.
         x: (B, N, D).
         rows: (1 or B, P, D) visual prompts of this layer, used for keys and values only.
-        kv: key-value prompts, each (G, n, d_h).
+        kv: key-value prompts, each (G, n, d_h), or (B, G, n, d_h).
         num_out: compute the first `num_out` tokens only; the others serve as keys and values.
         rope: sines and cosines of the patches, (patches, 2 d_h) or with H, or B and H, before.
         carried: prompts in `x`, behind the prefix tokens.
+        mask: bool (B, n), False for key-value prompts that an image does not have.
 
     Returns: (B, num_out, D).
     """
     if type(block) is EvaBlockPostNorm:
-        mixed = block.norm1(attention(block.attn, x, rows, kv, num_out, rope, carried))
+        mixed = block.norm1(attention(block.attn, x, rows, kv, num_out, rope, carried, mask))
         x = x[:, :num_out] + block.drop_path1(mixed)
         post: Tensor = x + block.drop_path2(block.norm2(block.mlp(x)))
         return post
     rows = None if rows is None else block.norm1(rows)
-    mixed = attention(block.attn, block.norm1(x), rows, kv, num_out, rope, carried)
+    mixed = attention(block.attn, block.norm1(x), rows, kv, num_out, rope, carried, mask)
     if block.gamma_1 is not None:
         mixed = block.gamma_1 * mixed
     x = x[:, :num_out] + block.drop_path1(mixed)
@@ -163,6 +176,7 @@ def attention(
     num_out: int,
     rope: Tensor | None,
     carried: int,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Multi-head attention of the first `num_out` tokens over all tokens and prompts.
 
@@ -170,10 +184,11 @@ def attention(
         attn: timm `EvaAttention` or `AttentionRope`.
         y: (B, N, D) after the norm.
         rows: (1 or B, P, D) visual prompts after the norm.
-        kv: key-value prompts, each (G, n, d_h).
+        kv: key-value prompts, each (G, n, d_h), or (B, G, n, d_h).
         num_out: number of query tokens.
         rope: as in `run_block`.
         carried: as in `run_block`.
+        mask: as in `run_block`.
 
     Returns: (B, num_out, D) after the output projection.
     """
@@ -195,13 +210,13 @@ def attention(
         keys.append(k)
         values.append(v)
     if kv is not None:
-        keys.append(kv[0].transpose(0, 1)[None].to(k.dtype))
-        values.append(kv[1].transpose(0, 1)[None].to(v.dtype))
+        keys.append(kv[0].transpose(-3, -2).to(k.dtype).expand(y.shape[0], -1, -1, -1))
+        values.append(kv[1].transpose(-3, -2).to(v.dtype).expand(y.shape[0], -1, -1, -1))
     groups = attn.num_heads // _num_kv_heads(attn)
     if groups > 1:  # each head of keys and values serves that many heads of queries
         keys = [part.repeat_interleave(groups, dim=2) for part in keys]
         values = [part.repeat_interleave(groups, dim=2) for part in values]
-    return project_out(attn, attend_to(attn, q.to(v.dtype), keys, values), y)
+    return project_out(attn, attend_to(attn, q.to(v.dtype), keys, values, mask), y)
 
 
 def _key_value_rows(attn: Any, rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,10 @@ from shared_utils.errors import InputError
 from shared_utils.metrics import classification_metrics
 
 
+class Diverged(InputError):
+    """The loss, a weight or a logit is NaN or infinite."""
+
+
 def evaluate(
     fabric: Fabric,
     model: nn.Module,
@@ -35,12 +39,12 @@ def evaluate(
         when: of what and when, for the error.
         remedy: what the error tells the user to do.
 
-    Raises: InputError where a logit is NaN or infinite: its accuracy would mean nothing.
+    Raises: Diverged where a logit is NaN or infinite: its accuracy would mean nothing.
     """
     metrics = classification_metrics(num_classes).to(fabric.device)
     for logits, labels in _batches(fabric, model, images, cfg):
         if not torch.isfinite(logits).all():
-            raise InputError("logits", f"nan or inf{when}", "finite ones", remedy)
+            raise Diverged("logits", f"nan or inf{when}", "finite ones", remedy)
         metrics.update(logits, labels)
     return {name: float(value) for name, value in metrics.compute().items()}
 

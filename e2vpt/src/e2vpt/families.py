@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from e2vpt import eva, vit
 from e2vpt.geometry import Geometry, class_name
-from e2vpt.prompts import KeyValuePrompts, VisualPrompts
+from e2vpt.prompts import KeyValueRows, VisualRows
 from shared_utils.errors import InputError
 
 
@@ -24,8 +24,8 @@ class Family(Protocol):
         self,
         backbone: Any,
         images: Tensor,
-        visual: VisualPrompts | None,
-        kv: KeyValuePrompts | None,
+        visual: VisualRows | None,
+        kv: KeyValueRows | None,
         *,
         token_form: bool = False,
         pool_prompts: bool = False,

@@ -10,9 +10,10 @@ from typing import Any, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from e2vpt.config import KVInit
-from e2vpt.families import family_of
-from e2vpt.prompts import KeyValuePrompts, Segments, VisualPrompts
+from e2vpt import adapters
+from e2vpt.config import Adapter, BackboneTrains, KVInit
+from e2vpt.families import Family, family_of
+from e2vpt.prompts import KeyValuePrompts, KeyValueRows, Segments, VisualPrompts, VisualRows
 from shared_utils.errors import InputError
 
 PARITY_HEAD_BIAS = -math.log(99)  # a prior of 0.01 per class
@@ -34,11 +35,17 @@ class PromptSpec:
     pool_prompts: bool = False
     token_form: bool = False
     parity_head: bool = False
-    backbone_trains: str = "none"
+    backbone_trains: BackboneTrains = "none"
+    partial_blocks: int = 1
+    adapter: Adapter = "none"
+    adapter_dim: int = 8
+    adapter_scale: float = 1.0
     num_segments: int = 1
     num_kept_segments: int = 1
     interleaved_segments: bool = False
     per_layer_segments: bool = False
+    zeroed: bool = False
+    folded: bool = False
 
     def __post_init__(self) -> None:
         """Check what does not depend on the backbone."""
@@ -55,11 +62,7 @@ class PromptSpec:
             raise InputError(
                 "kv_init", repr(self.kv_init), "kaiming, trunc-normal or patch", "correct it"
             )
-        if self.backbone_trains not in ("none", "bias", "full"):
-            raise InputError(
-                "backbone_trains", self.backbone_trains, "none, bias or full", "correct it"
-            )
-
+        adapters.check_spec(self)
         if not 1 <= self.num_kept_segments <= self.num_segments:
             raise InputError(
                 "num_kept_segments",
@@ -71,14 +74,22 @@ class PromptSpec:
     @property
     def segments(self) -> Segments | None:
         """How visual prompts were pruned inside; None for whole ones."""
-        if self.num_kept_segments == self.num_segments:
+        if self.num_kept_segments == self.num_segments and not self.zeroed:
             return None
         return Segments(
             self.num_segments,
             self.num_kept_segments,
             is_interleaved=self.interleaved_segments,
             per_layer=self.per_layer_segments,
+            is_zeroed=self.zeroed,
         )
+
+    def key_value_rows(self, num_layers: int) -> list[int]:
+        """How many rows the first layers have, folded visual prompts among them."""
+        own = self.num_kv_prompts
+        folded = self.num_visual_prompts if self.folded else 0
+        counts = [folded + (own if self.kv_deep or i == 0 else 0) for i in range(num_layers)]
+        return counts[: sum(count > 0 for count in counts)]
 
     def dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -103,8 +114,7 @@ class PromptedModel(nn.Module):
     def __init__(self, backbone: nn.Module, spec: PromptSpec) -> None:
         """Take over `backbone`: its classifier is put aside and its parameters are frozen."""
         super().__init__()
-        self.family = family_of(backbone)
-        self.geometry = self.family.check_supported(backbone)
+        self.geometry = family_of(backbone).check_supported(backbone)
         self.spec = spec
         if spec.pool_prompts and cast(Any, backbone).global_pool == "token":
             raise InputError(
@@ -113,6 +123,9 @@ class PromptedModel(nn.Module):
                 "average pooling",
                 "leave it off",
             )
+        trains = adapters.trainable_names(backbone, spec.backbone_trains, spec.partial_blocks)
+        adapters.require_free(backbone, spec.adapter)
+        adapters.check_adaptable(backbone, spec.adapter)
         g = self.geometry
         self.backbone: Any
         self.backbone = backbone
@@ -126,10 +139,10 @@ class PromptedModel(nn.Module):
             )
             self.backbone.head = nn.Identity()
         for name, parameter in backbone.named_parameters():
-            by_bias = spec.backbone_trains == "bias" and name.endswith("bias")
-            parameter.requires_grad_(spec.backbone_trains == "full" or by_bias)
+            parameter.requires_grad_(name in trains)
+        adapters.attach(backbone, spec.adapter, spec.adapter_dim, spec.adapter_scale)
         self.visual = None
-        if spec.num_visual_prompts:
+        if spec.num_visual_prompts and not spec.folded:
             self.visual = VisualPrompts(
                 [layer.embed_dim for layer in g.layers[: None if spec.deep else 1]],
                 spec.num_visual_prompts,
@@ -139,13 +152,10 @@ class PromptedModel(nn.Module):
                 segments=spec.segments,
             )
         self.kv = None
-        if spec.num_kv_prompts:
+        counts = spec.key_value_rows(g.num_layers)
+        if counts:
             self.kv = KeyValuePrompts(
-                g,
-                g.num_layers if spec.kv_deep else 1,
-                spec.num_kv_prompts,
-                share=spec.share_kv,
-                init=spec.kv_init,
+                g, counts, share=spec.share_kv and not spec.folded, init=spec.kv_init
             )
         self.head = nn.Linear(cast(Any, backbone).num_features, spec.num_classes)
         if spec.parity_head:
@@ -158,6 +168,11 @@ class PromptedModel(nn.Module):
         self.to(weight.device, weight.dtype)
         self.train(self.training)
 
+    @property
+    def family(self) -> Family:
+        """The code for this kind of backbone; not kept, because a module cannot be copied."""
+        return family_of(self.backbone)
+
     def train(self, mode: bool = True) -> "PromptedModel":
         """Set the mode of prompts and head; a frozen backbone stays in eval mode."""
         super().train(mode)
@@ -166,14 +181,20 @@ class PromptedModel(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """Pooled features the head sees: (B, 3, H, W) float -> (B, D)."""
-        if self.visual is None and self.kv is None:
+        return self.features_with(images, self.visual, self.kv)
+
+    def features_with(
+        self, images: Tensor, visual: VisualRows | None, kv: KeyValueRows | None
+    ) -> Tensor:
+        """The same with other prompts than the model's own."""
+        if visual is None and kv is None:
             tokens = self.backbone.forward_features(images)
         else:
             tokens = self.family.prompted_features(
                 self.backbone,
                 images,
-                self.visual,
-                self.kv,
+                visual,
+                kv,
                 token_form=self.spec.token_form,
                 pool_prompts=self.spec.pool_prompts,
             )
@@ -243,9 +264,10 @@ def prompt(
 
 
 def remove(model: PromptedModel) -> nn.Module:
-    """Take the prompts off: the backbone with its own head, flags and modes, bit-equal.
+    """Take prompts or adapters off: the backbone with its own head, flags and modes, bit-equal.
 
-    Weights that were tuned (`full`, `bias`) stay tuned. The model must not be used any more.
+    Weights of its own that were tuned (`full`, `partial`, `bias`) stay tuned. The model must not be
+    used any more.
     """
     if not hasattr(model, "backbone"):
         raise InputError(
@@ -256,6 +278,7 @@ def remove(model: PromptedModel) -> nn.Module:
     before: _Before | None = getattr(backbone, "_before_prompts", None)
     if before is not None:  # None: given back already through another model that shared it
         del backbone._before_prompts
+        adapters.detach(backbone)
         weight = next(backbone.parameters())
         backbone.head = before.head.to(weight.device, weight.dtype)
         for name, parameter in backbone.named_parameters():
@@ -268,9 +291,9 @@ def remove(model: PromptedModel) -> nn.Module:
 def parameter_report(model: PromptedModel) -> dict[str, float]:
     """Count parameters from the live module.
 
-    Returns: `visual` (with the projection, if any), `kv`, `head`, `backbone` (what trains of it),
-        `tuned` (their sum), `total` (frozen backbone included, its own classifier not) and
-        `percent`, 100 * tuned / total. Paper: the head counts on both sides.
+    Returns: `visual` (with the projection, if any), `kv`, `adapters`, `head`, `backbone` (what
+        trains of its own), `tuned` (their sum), `total` (frozen backbone included, its own
+        classifier not) and `percent`, 100 * tuned / total. Paper: the head counts on both sides.
     """
 
     def count(module: nn.Module | None, trains_only: bool = True) -> int:
@@ -278,11 +301,13 @@ def parameter_report(model: PromptedModel) -> dict[str, float]:
             return 0
         return sum(p.numel() for p in module.parameters() if p.requires_grad or not trains_only)
 
+    added = adapters.num_adapter_parameters(model.backbone)
     parts = {
         "visual": count(model.visual),
         "kv": count(model.kv),
+        "adapters": added,
         "head": count(model.head),
-        "backbone": count(model.backbone),
+        "backbone": count(model.backbone) - added,
     }
     tuned, total = sum(parts.values()), count(model, trains_only=False)
     return {**parts, "tuned": tuned, "total": total, "percent": 100 * tuned / total}

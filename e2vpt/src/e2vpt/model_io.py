@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from e2vpt.adapters import detached
 from e2vpt.backbones import Backbone, fingerprint, load_backbone
 from e2vpt.images import Preprocessing
 from e2vpt.model import (
@@ -71,12 +72,15 @@ def save(
             os.replace(staged / name, folder / name)
 
 
-def load(folder: Path | str, backbone: nn.Module | None = None) -> PromptedModel:
+def load(
+    folder: Path | str, backbone: nn.Module | None = None, *, sha256: str = ""
+) -> PromptedModel:
     """Build the model that `save` wrote, in eval mode.
 
     Args:
         folder: holds `model.safetensors` and `model.json`.
         backbone: the module to put the prompts on; None loads the one named in `model.json`.
+        sha256: `fingerprint(backbone)` where the caller has it already.
 
     Raises: MissingFileError; InputError where a file is damaged, the backbone is not the one the
         prompts were trained on, or the tensors do not fit.
@@ -95,11 +99,12 @@ def load(folder: Path | str, backbone: nn.Module | None = None) -> PromptedModel
             img_size=None if size is None else (size[0], size[1]),
         ).module
     tensors, _ = checkpoint.load_weights(folder / WEIGHTS)
-    # A backbone that trains is in the file, whole (full) or its biases, which the fingerprint of
-    # one that was saved without its source has in it.
-    is_known = known["weights"] != UNKNOWN if spec.backbone_trains == "bias" else True
+    # A backbone that trains is in the file, whole (full) or the part that trained, which the
+    # fingerprint of one that was saved without its source has in it.
+    in_part = spec.backbone_trains in ("bias", "partial")
+    is_known = known["weights"] != UNKNOWN if in_part else True
     if spec.backbone_trains != "full" and is_known:
-        found = fingerprint(backbone)
+        found = sha256 or fingerprint(backbone)
         if found != known["sha256"]:
             raise InputError(
                 "backbone",
@@ -164,11 +169,13 @@ def _backbone_card(model: PromptedModel, source: Backbone | None) -> dict[str, A
         }
     config = getattr(model.backbone, "pretrained_cfg", None) or {}
     name = ".".join(part for part in (config.get("architecture"), config.get("tag")) if part)
+    with detached(model.backbone):
+        sha256 = fingerprint(model.backbone)
     return {
         "name": name,
         "architecture": name,
         "weights": UNKNOWN,
         "is_file": False,
         "img_size": None,
-        "sha256": fingerprint(model.backbone),
+        "sha256": sha256,
     }

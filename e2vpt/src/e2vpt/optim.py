@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -10,6 +10,7 @@ from torch import nn
 from shared_utils.errors import InputError
 
 OptimizerName = Literal["sgd", "adamw"]
+PretrainOptimizer = Literal["adamw", "muon"]
 Schedule = Literal["cosine", "per-epoch", "trapezoid"]
 
 COOLDOWN_SHARE = 0.35  # of a trapezoid's steps: the linear descent to 0
@@ -48,6 +49,40 @@ def build_optimizer(
     if name == "sgd":
         return torch.optim.SGD(groups, lr=lr, momentum=momentum)
     return torch.optim.AdamW(groups, lr=lr)
+
+
+def build_muon(
+    parameters: Iterable[tuple[str, nn.Parameter]], *, lr: float, weight_decay: float
+) -> torch.optim.Optimizer:
+    """Muon for the hidden matrices and convolutions, NAdamW for the rest, by timm.
+
+    Muon moves a matrix along its momentum with all singular values set near 1 (Jordan et al.,
+    kellerjordan.github.io/posts/muon); timm scales that step to AdamW's usual size (Liu et al.,
+    arXiv 2502.16982), so that one rate serves both. The rest: the classifier (parameters named
+    `head...`), embeddings, norms and biases; norms and biases are not decayed.
+
+    Args:
+        parameters: names and parameters, all trainable.
+        lr: peak learning rate of all.
+        weight_decay: factor of the decoupled decay.
+    """
+    from timm.optim import Muon  # here: it takes a second, and `--help` imports this module
+
+    hidden, other, plain = [], [], []
+    for name, parameter in parameters:
+        if parameter.ndim in (2, 4) and not name.startswith("head"):
+            hidden.append(parameter)
+        elif parameter.ndim >= 2:
+            other.append(parameter)
+        else:
+            plain.append(parameter)
+    # Checkpoints hold the moments by position: these groups stay in this order.
+    groups: list[dict[str, Any]] = [
+        {"params": hidden},
+        {"params": other, "use_fallback": True},
+        {"params": plain, "use_fallback": True, "weight_decay": 0.0},
+    ]
+    return Muon(groups, lr=lr, weight_decay=weight_decay, nesterov=True, betas=(0.9, 0.95))
 
 
 def lr_at(

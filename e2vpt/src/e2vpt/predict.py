@@ -13,7 +13,7 @@ from torch import Tensor
 from e2vpt import model_io, pictures
 from e2vpt.images import IMAGE_SUFFIXES, Preprocessing, UnreadableImage, decode_image
 from e2vpt.model import PromptedModel
-from e2vpt.sources import some_of
+from e2vpt.readers import some_of
 from shared_utils import checkpoint
 from shared_utils.errors import InputError, MissingFileError
 

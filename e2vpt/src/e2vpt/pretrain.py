@@ -25,7 +25,7 @@ from e2vpt.augmentation import MEAN, STD, augment, cutmix, normalize
 from e2vpt.devices import launch_fabric, run_facts
 from e2vpt.interrupts import uninterrupted
 from e2vpt.micro_vit import IMG_SIZE, build_micro_vit
-from e2vpt.optim import build_optimizer, lr_at, set_lr
+from e2vpt.optim import build_muon, build_optimizer, lr_at, set_lr
 from e2vpt.packed import PackedImages
 from e2vpt.pretrain_config import HEAD_DIM, PretrainConfig, PretrainData
 from shared_utils import checkpoint
@@ -147,12 +147,11 @@ class _Pretraining:
         self.ema = ModelEmaV3(
             self.network, decay=cfg.optim.ema_decay, use_warmup=True, device=fabric.device
         )
-        optimizer = build_optimizer(
-            "adamw",
-            self.network.named_parameters(),
-            lr=cfg.optim.lr,
-            weight_decay=cfg.optim.weight_decay,
-        )
+        parameters, decay = self.network.named_parameters(), cfg.optim.weight_decay
+        if cfg.optim.optimizer == "muon":
+            optimizer = build_muon(parameters, lr=cfg.optim.lr, weight_decay=decay)
+        else:
+            optimizer = build_optimizer("adamw", parameters, lr=cfg.optim.lr, weight_decay=decay)
         compiled: Any = torch.compile(self.network) if cfg.model.compile else self.network
         self.model, self.optimizer = fabric.setup(compiled, optimizer)
         self.steps_per_epoch = len(train_set) // cfg.data.batch_size
@@ -278,6 +277,15 @@ class _Pretraining:
     def _resume(self) -> str:
         """Put back the last checkpoint; returns a warning to show."""
         state, warning = checkpoint.load_last(self.folder / "last.ckpt")
+        # Told by the moments' own settings: the first runs' configurations do not name it.
+        began_with = "muon" if "ns_steps" in state["optimizer"]["param_groups"][0] else "adamw"
+        if self.cfg.optim.optimizer != began_with:
+            raise InputError(
+                "optim.optimizer",
+                self.cfg.optim.optimizer,
+                f"{began_with}, which the run began with",
+                f"add --optim.optimizer {began_with}",
+            )
         try:
             self.network.load_state_dict(state["model"])
             self.ema.module.load_state_dict(state["ema"])

@@ -8,7 +8,7 @@ from typing import Annotated
 import tyro
 
 from e2vpt.config import RunConfig
-from e2vpt.optim import Schedule
+from e2vpt.optim import PretrainOptimizer, Schedule
 from shared_utils.errors import InputError
 
 HEAD_DIM = 64
@@ -68,8 +68,10 @@ class PretrainData:
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainOptim:
-    """AdamW on a schedule per step."""
+    """Optimiser, schedule per step, and what goes with them."""
 
+    optimizer: PretrainOptimizer = "adamw"
+    """adamw, or muon for matrices and convolutions with NAdamW for the rest"""
     lr: float = 1.5e-3
     """peak learning rate"""
     weight_decay: float = 0.05

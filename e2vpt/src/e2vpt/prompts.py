@@ -10,7 +10,7 @@ n key-value prompts, H heads, D width, d_h = D / H.
 
 import math
 from collections.abc import Sequence
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,13 +23,40 @@ from shared_utils.errors import InputError
 PATCH_INIT_WIDTH = 16  # width in the bound of init "patch"; a constant of the paper's code
 
 
+class VisualRows(Protocol):
+    """Where a backbone gets its visual prompts from: `VisualPrompts`, or what stands in for it."""
+
+    @property
+    def num_layers(self) -> int:
+        """Layers with prompts of their own; 1 where they are shallow."""
+
+    def __call__(self, layer: int, batch: int) -> Tensor:
+        """(1 or B, P, D)."""
+
+
+class KeyValueRows(Protocol):
+    """Where a backbone gets its key-value rows from."""
+
+    @property
+    def num_layers(self) -> int:
+        """Layers that have rows: the first ones."""
+
+    @property
+    def mask(self) -> Tensor | None:
+        """False for rows that an image does not have, bool (B, n); None where all have all."""
+
+    def __call__(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values, each (H, n, d_h), or (B, H, n, d_h) where images differ."""
+
+
 class VisualPrompts(nn.Module):
     """Learned tokens, P for each prompted layer; pruned segments are not stored.
 
     Attributes:
         weight: per layer (P, D); where segments were pruned, the kept ones, (P, K, D / R).
         segments: int16 (1 or L, P, K), which segments `weight` holds, for all layers or for each;
-            None where nothing was pruned.
+            None where nothing was pruned. Where prompts were set to zero instead of removed,
+            (1 or L, P, R), 1 for what is left and 0 for the rest.
     """
 
     def __init__(
@@ -68,17 +95,21 @@ class VisualPrompts(nn.Module):
         bound = math.sqrt(6 / (3 * patch_size**2 + (prompt_dim or widths[0])))
         rows = [torch.empty(num_prompts, prompt_dim or width) for width in widths]
         self.layout = segments
-        self.segments: Tensor | None = None
+        self.segments: Tensor | None
+        self.register_buffer("segments", None)
         if segments is not None:
             for width in widths:
                 segments.check(width)
-            rows = [
-                row.new_empty(num_prompts, segments.num_kept, width // segments.num_segments)
-                for row, width in zip(rows, widths, strict=True)
-            ]
             masks = len(widths) if segments.per_layer else 1
             kept = torch.arange(segments.num_kept, dtype=torch.int16)
-            self.register_buffer("segments", kept.repeat(masks, num_prompts, 1))
+            if segments.is_zeroed:
+                kept = torch.ones_like(kept)
+            else:
+                rows = [
+                    row.new_empty(num_prompts, segments.num_kept, width // segments.num_segments)
+                    for row, width in zip(rows, widths, strict=True)
+                ]
+            self.segments = kept.repeat(masks, num_prompts, 1)
         self.weight = nn.ParameterList([row.uniform_(-bound, bound) for row in rows])
         self.project: nn.Module = nn.Identity()
         if prompt_dim:
@@ -97,8 +128,11 @@ class VisualPrompts(nn.Module):
         """The prompts of one layer in full width, (P, D); pruned segments are 0."""
         weight: Tensor = self.weight[layer]
         if self.layout is not None and self.segments is not None:
-            mask = self.segments[layer if self.layout.per_layer else 0].long()
-            weight = self.layout.spread(weight, mask)
+            kept = self.segments[layer if self.layout.per_layer else 0].long()
+            if self.layout.is_zeroed:
+                weight = self.layout.join(self.layout.cut(weight) * kept[..., None])
+            else:
+                weight = self.layout.spread(weight, kept)
         return cast(Tensor, self.project(weight))
 
     def forward(self, layer: int, batch: int) -> Tensor:
@@ -123,6 +157,7 @@ class Segments:
         *,
         is_interleaved: bool = False,
         per_layer: bool = False,
+        is_zeroed: bool = False,
     ) -> None:
         """Describe a cut.
 
@@ -131,9 +166,11 @@ class Segments:
             num_kept: K, segments that each prompt still has.
             is_interleaved: dimension j belongs to segment j mod R.
             per_layer: each layer keeps segments of its own.
+            is_zeroed: nothing is removed; what is pruned is zero, as in the released code.
         """
         self.num_segments, self.num_kept = num_segments, num_kept
         self.is_interleaved, self.per_layer = is_interleaved, per_layer
+        self.is_zeroed = is_zeroed
 
     def check(self, width: int) -> None:
         """Raise InputError where R does not divide a width."""
@@ -148,8 +185,14 @@ class Segments:
     def cut(self, rows: Tensor) -> Tensor:
         """(..., D) -> (..., R, D / R)."""
         if self.is_interleaved:
-            return rows.unflatten(-1, (-1, self.num_segments)).transpose(-1, -2)
-        return rows.unflatten(-1, (self.num_segments, -1))
+            return rows.reshape(*rows.shape[:-1], -1, self.num_segments).transpose(-1, -2)
+        return rows.reshape(*rows.shape[:-1], self.num_segments, -1)
+
+    def join(self, parts: Tensor) -> Tensor:
+        """(..., R, D / R) -> (..., D), the inverse of `cut`."""
+        if self.is_interleaved:
+            parts = parts.transpose(-1, -2)
+        return parts.flatten(-2)
 
     def gather(self, rows: Tensor, kept: Tensor) -> Tensor:
         """Take the kept segments: (P, D) and int64 (P, K) -> (P, K, D / R)."""
@@ -160,10 +203,7 @@ class Segments:
         """Put kept segments back: (P, K, D / R) and int64 (P, K) -> (P, D), 0 elsewhere."""
         count, _, size = weight.shape
         parts = weight.new_zeros(count, self.num_segments, size)
-        parts = parts.scatter(-2, kept[..., None].expand_as(weight), weight)
-        if self.is_interleaved:
-            parts = parts.transpose(-1, -2)
-        return parts.flatten(-2)
+        return self.join(parts.scatter(-2, kept[..., None].expand_as(weight), weight))
 
 
 class KeyValuePrompts(nn.Module):
@@ -179,8 +219,7 @@ class KeyValuePrompts(nn.Module):
     def __init__(
         self,
         geometry: Geometry,
-        num_layers: int,
-        num_prompts: int,
+        counts: Sequence[int],
         *,
         share: bool = True,
         init: KVInit = "kaiming",
@@ -189,8 +228,7 @@ class KeyValuePrompts(nn.Module):
 
         Args:
             geometry: heads of each layer, and the patch size for init `patch`.
-            num_layers: the first so many layers get rows.
-            num_prompts: n.
+            counts: n of each of the first layers; layers beyond get no rows.
             share: one tensor for keys and values (the released default), or two.
             init: `kaiming` U(±sqrt(6 / (n d_h))), `trunc-normal` with std 0.02, or `patch`
                 U(±sqrt(6 / (3 patch_size² + 16))).
@@ -200,15 +238,15 @@ class KeyValuePrompts(nn.Module):
         def rows() -> nn.ParameterList:
             return nn.ParameterList(
                 _init_rows(
-                    torch.empty(layer.num_heads, num_prompts, layer.head_dim),
-                    init,
-                    geometry.patch_size,
+                    torch.empty(layer.num_heads, count, layer.head_dim), init, geometry.patch_size
                 )
-                for layer in geometry.layers[:num_layers]
+                for layer, count in zip(geometry.layers, counts, strict=False)
             )
 
         self.key = rows()
         self.value = None if share else rows()
+
+    mask = None  # every image has all rows
 
     @property
     def num_layers(self) -> int:

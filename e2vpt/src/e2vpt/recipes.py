@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from e2vpt import fgvc, vtab
 from e2vpt.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 
 # The embedded default: scikit-learn's real digits on the micro ViT, both inside the packages.
@@ -35,4 +36,57 @@ MICRO = replace(
     data=DataConfig(source="images", batch_size=32, resize="crop", augment="crop-flip"),
 )
 
-RECIPES = {cfg.recipe: cfg for cfg in (DIGITS, PAPER, MICRO)}
+# The benchmarks, by the protocol of the released code: SGD with momentum 0.9, base rate x batch /
+# 256, 100 epochs with 10 of warm-up, stepped per epoch, float32, the head of `parity_head`,
+# ImageNet's pixel statistics; VTAB-1k squashed without augmentation, FGVC cropped and mirrored.
+# P and n are those of the released command of each task; they do not give the tuned percentages of
+# the published tables, which need other lengths and pruning. Rate and decay are one point of the
+# grids above, which are searched for each task. Which file of ViT-B/16 made the tables is not
+# known; this one is the ImageNet-21k weights of the ViT paper.
+PARITY = replace(
+    PAPER,
+    model=replace(PAPER.model, backbone="vit_base_patch16_224.orig_in21k"),
+    optim=replace(PAPER.optim, schedule="per-epoch"),
+    run=RunConfig(precision="32-true"),
+)
+
+
+def _benchmark(found: vtab.Task | fgvc.FGVCSet, data: DataConfig, about: str) -> TrainConfig:
+    """The published protocol on one data set, with the prompt lengths of its released command."""
+    model = replace(
+        PARITY.model,
+        num_visual_prompts=found.num_visual_prompts,
+        num_kv_prompts=found.num_kv_prompts,
+    )
+    return replace(PARITY, recipe=found.recipe, about=about, model=model, data=data)
+
+
+# Trains on 800 images and validates on 200, to choose by; --data.train-on-val is the final run on
+# all 1,000, the one that published figures compare with (mean of 5 seeds there).
+VTAB = [
+    _benchmark(
+        task,
+        DataConfig(source=f"data/vtab-1k/{task.folder}", normalize="imagenet", num_workers=2),
+        "each a VTAB-1k task on ViT-B/16: 800 images, 100 epochs; a GPU is wise",
+    )
+    for task in vtab.TASKS
+]
+
+# Trains on train.json alone, as the released code does: it never joins the validation images.
+FGVC = [
+    _benchmark(
+        found,
+        DataConfig(
+            source=f"data/fgvc/{found.folder}",
+            resize="crop",
+            augment="crop-flip",
+            normalize="imagenet",
+            batch_size=128,
+            num_workers=4,
+        ),
+        "each an FGVC data set on ViT-B/16: thousands of images, 100 epochs; take a GPU",
+    )
+    for found in fgvc.SETS
+]
+
+RECIPES = {cfg.recipe: cfg for cfg in (DIGITS, PAPER, MICRO, *VTAB, *FGVC)}

@@ -1,4 +1,4 @@
-"""Where images come from: digits, class folders, CSV lists, packed files.
+"""Where images come from: digits, class folders, CSV lists, packed files, benchmarks.
 
 A source is listed here, quickly and without decoding; data.py splits it, checks the images and
 makes data sets of it. Every error is the user's to mend and names the path.
@@ -7,148 +7,24 @@ makes data sets of it. Every error is the user's to mend and names the path.
 import csv
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
-from PIL import Image
 
-from e2vpt.images import IMAGE_SUFFIXES, decode_image, probe_image
+from e2vpt.fgvc import is_fgvc_set, load_fgvc_set
+from e2vpt.images import IMAGE_SUFFIXES
 from e2vpt.packed import PackedImages
+from e2vpt.readers import ArrayReader, FileReader, PackedReader, Pool, Source, some_of
+from e2vpt.vtab import is_vtab_task, load_vtab_task
 from shared_utils.errors import InputError, MissingFileError
 
-EXPECTED = "digits, an image folder, a folder with train.csv or train.npz, or a packed .npz file"
-SHOWN = 5  # names in an error; the rest is counted
+EXPECTED = (
+    "digits, an image folder, a folder with train.csv, train.npz, train800.txt (VTAB-1k) or "
+    "train.json (FGVC), or a packed .npz file"
+)
 VAL_FOLDERS = ("val", "valid", "validation")
 DIGITS_SPLIT_SEED = 0
 DIGITS_TRAIN, DIGITS_VAL = 800, 200
-
-
-class Reader(Protocol):
-    """Images by number, decoded on demand."""
-
-    def name(self, index: int) -> str:
-        """How the user finds the image: its path, or its file and number."""
-
-    def num_bytes(self, index: int) -> int:
-        """Encoded size; 0 where the file is missing."""
-
-    def image(self, index: int) -> Image.Image:
-        """Decode to RGB. Raises UnreadableImage."""
-
-    def probe(self, index: int) -> None:
-        """Read the header only. Raises UnreadableImage."""
-
-
-class FileReader:
-    """Images in files of their own."""
-
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self._paths = [str(path) for path in paths]
-
-    def name(self, index: int) -> str:
-        """The path."""
-        return self._paths[index]
-
-    def num_bytes(self, index: int) -> int:
-        """Size of the file, 0 where it is missing."""
-        try:
-            return os.stat(self._paths[index]).st_size
-        except OSError:  # reading it later says why
-            return 0
-
-    def image(self, index: int) -> Image.Image:
-        """Decode to RGB."""
-        return decode_image(self._paths[index])
-
-    def probe(self, index: int) -> None:
-        """Read the header only."""
-        probe_image(self._paths[index])
-
-
-class PackedReader:
-    """Images of a packed file."""
-
-    def __init__(self, packed: PackedImages) -> None:
-        self._packed = packed
-
-    def name(self, index: int) -> str:
-        """The packed file and the image's number in it."""
-        return f"{self._packed.path} image {index}"
-
-    def num_bytes(self, index: int) -> int:
-        """Encoded size."""
-        return len(self._packed.encoded(index))
-
-    def image(self, index: int) -> Image.Image:
-        """Decode to RGB."""
-        return decode_image(self._packed.encoded(index), self.name(index))
-
-    def probe(self, index: int) -> None:
-        """Read the header only."""
-        probe_image(self._packed.encoded(index), self.name(index))
-
-
-class ArrayReader:
-    """Grey images in memory, uint8 (N, H, W)."""
-
-    def __init__(self, name: str, pixels: np.ndarray) -> None:
-        self._name, self._pixels = name, pixels
-
-    def name(self, index: int) -> str:
-        """The set's name and the image's number."""
-        return f"{self._name} image {index}"
-
-    def num_bytes(self, index: int) -> int:
-        """Size of the pixels."""
-        return int(self._pixels[index].nbytes)
-
-    def image(self, index: int) -> Image.Image:
-        """The image in RGB."""
-        return Image.fromarray(self._pixels[index]).convert("RGB")
-
-    def probe(self, index: int) -> None:
-        """Pixels in memory cannot be unreadable."""
-
-
-@dataclass(frozen=True)
-class Pool:
-    """Some images of a reader: `indices` into it and a label for each."""
-
-    reader: Reader
-    indices: list[int]
-    labels: list[int]
-
-    def __len__(self) -> int:
-        """Number of images."""
-        return len(self.indices)
-
-    def take(self, positions: Sequence[int]) -> "Pool":
-        """The images at these positions, in this order."""
-        return Pool(
-            self.reader, [self.indices[p] for p in positions], [self.labels[p] for p in positions]
-        )
-
-    def name(self, position: int) -> str:
-        """How the user finds the image."""
-        return self.reader.name(self.indices[position])
-
-    def image(self, position: int) -> Image.Image:
-        """Decode to RGB. Raises UnreadableImage."""
-        return self.reader.image(self.indices[position])
-
-
-@dataclass(frozen=True)
-class Source:
-    """A listed source; one that is not split has everything in `train` and `is_split` False."""
-
-    name: str
-    class_names: list[str]
-    train: Pool
-    val: Pool | None = None
-    test: Pool | None = None
-    is_split: bool = True
 
 
 def load_source(source: str, *, skip_missing: bool = False) -> Source:
@@ -159,6 +35,8 @@ def load_source(source: str, *, skip_missing: bool = False) -> Source:
     - a folder with train.npz: packed splits; val.npz and test.npz are optional.
     - a folder with train.csv: columns path and label; paths are relative to the folder, labels are
       class names, sorted as text; val.csv and test.csv are optional.
+    - a folder with train800.txt: a task of VTAB-1k, see `vtab.load_vtab_task`.
+    - a folder with train.json: a data set of FGVC, see `fgvc.load_fgvc_set`.
     - a folder whose train/ holds folders: splits with a folder per class, sorted by name; val/ (or
       valid/, validation/) and test/ are optional. Folders inside a class folder belong to it.
     - any other folder: one pool with a folder per class.
@@ -170,7 +48,7 @@ def load_source(source: str, *, skip_missing: bool = False) -> Source:
         skip_missing: leave it to the later check to count listed files that are not there.
 
     Raises:
-        MissingFileError: the path, or files that a CSV lists, are not there.
+        MissingFileError: the path, a list, or files that one lists, are not there.
         InputError: nothing usable there, fewer than two classes, classes that do not match, labels
             that do not fit.
     """
@@ -189,6 +67,10 @@ def load_source(source: str, *, skip_missing: bool = False) -> Source:
         found = _packed_source(path.resolve().name, _split_files(path, ".npz"), is_split=True)
     elif (path / "train.csv").is_file():
         found = _csv_source(path, skip_missing)
+    elif is_vtab_task(path):
+        found = load_vtab_task(path, skip_missing=skip_missing)
+    elif is_fgvc_set(path):
+        found = load_fgvc_set(path, skip_missing=skip_missing)
     else:
         found = _folder_source(path)
     if len(found.class_names) < 2:
@@ -224,12 +106,6 @@ def digits_source() -> Source:
         everything.take(order[DIGITS_TRAIN:end]),
         everything.take(order[end:]),
     )
-
-
-def some_of(names: Sequence[str]) -> str:
-    """The first names, and how many more there are."""
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
 
 
 def _split_files(folder: Path, suffix: str) -> dict[str, Path]:

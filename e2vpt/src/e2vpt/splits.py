@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from e2vpt.config import DataConfig
-from e2vpt.sources import Pool, Source
+from e2vpt.readers import Pool, Source
 from shared_utils.errors import InputError
 
 SPLIT_SEED = 0
@@ -23,6 +23,10 @@ def split_source(source: Source, cfg: DataConfig) -> dict[str, Pool]:
     that the other two leave (none: no test split); without it a fifth of the images is drawn for
     the test and the rest trains. All draws follow `balanced_order` with its fixed seed; within a
     split the images keep the source's order.
+
+    With `train_on_val` the images so chosen for training and validation train together, and there
+    is no validation. Where the source lists both together itself (train800val200.txt of VTAB-1k),
+    that list is used.
 
     Raises:
         InputError: counts given for a source that has its own splits, or that leave a split empty.
@@ -56,6 +60,9 @@ def split_source(source: Source, cfg: DataConfig) -> dict[str, Pool]:
         pools["val"] = source.train.take(sorted(order[num_train:end]))
         if not source.is_split and end < total:
             pools["test"] = source.train.take(sorted(order[end:]))
+    if cfg.train_on_val and pools["train"] is not None and pools["val"] is not None:
+        pools["train"] = source.train_val or pools["train"].joined(pools["val"])
+        pools["val"] = None
     return {split: pool for split, pool in pools.items() if pool is not None}
 
 

@@ -6,7 +6,7 @@ import shlex
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,14 @@ from lightning.fabric import Fabric
 from torch import Tensor
 from torch.nn import functional as F
 
-from e2vpt import model_io, pictures
+from e2vpt import model_io, pictures, start
 from e2vpt.backbones import Backbone, load_backbone
-from e2vpt.config import ModelConfig, TrainConfig
+from e2vpt.config import TrainConfig
 from e2vpt.data import DataSplits, ImageSet, build_loader, load_data
 from e2vpt.devices import launch_fabric, run_facts
-from e2vpt.evaluate import evaluate, predict_set
-from e2vpt.model import PromptedModel, PromptSpec, load_tuned_state, parameter_report, tuned_state
+from e2vpt.evaluate import Diverged, evaluate, predict_set
+from e2vpt.methods import build_spec
+from e2vpt.model import PromptedModel, load_tuned_state, parameter_report, tuned_state
 from e2vpt.optim import build_optimizer, lr_at, set_lr
 from shared_utils import checkpoint
 from shared_utils.config import save_json, to_dict
@@ -32,38 +33,17 @@ from shared_utils.seeding import seed_all
 CURVES = {"loss": ["loss_ce"], "accuracy": ["val_top1", "val_top5"], "learning rate": ["lr"]}
 
 
-def build_spec(cfg: ModelConfig, num_classes: int) -> PromptSpec:
-    """What a method puts on the backbone. Baselines as in the paper: VPT has no key-value rows."""
-    prompts = {
-        "e2vpt": (cfg.num_visual_prompts, cfg.num_kv_prompts),
-        "vpt-deep": (cfg.num_visual_prompts, 0),
-        "vpt-shallow": (cfg.num_visual_prompts, 0),
-    }.get(cfg.method, (0, 0))
-    return PromptSpec(
-        num_classes=num_classes,
-        num_visual_prompts=prompts[0],
-        num_kv_prompts=prompts[1],
-        deep=cfg.method != "vpt-shallow",
-        share_kv=cfg.share_kv,
-        kv_deep=cfg.kv_deep,
-        kv_init=cfg.kv_init,
-        prompt_dropout=cfg.prompt_dropout,
-        prompt_dim=cfg.prompt_dim,
-        pool_prompts=cfg.pool_prompts,
-        token_form=cfg.token_form,
-        parity_head=cfg.parity_head,
-        backbone_trains=cfg.method if cfg.method in ("bias", "full") else "none",
-    )
+@dataclass(frozen=True)
+class Setup:
+    """What several runs on the same images and backbone share."""
+
+    fabric: Fabric
+    backbone: Backbone
+    splits: DataSplits
 
 
-def train(cfg: TrainConfig) -> Path:
-    """Run a configuration: train, test once at the end, write the run folder.
-
-    The result is that of the last epoch, as in the paper's protocol for VTAB-1k; `best.ckpt` keeps
-    the epoch of the highest validation accuracy (the first of equals).
-
-    Raises: InputError for what the user can mend; Interrupted after Ctrl-C.
-    """
+def prepare(cfg: TrainConfig) -> Setup:
+    """Devices, backbone and images of a run.  Raises: InputError for what the user can mend."""
     fabric = launch_fabric(cfg.run)
     seed_all(cfg.run.seed)
     size = cfg.data.img_size
@@ -77,11 +57,32 @@ def train(cfg: TrainConfig) -> Path:
         std=backbone.std,
         seed=cfg.run.seed,
     )
-    network = PromptedModel(backbone.module, build_spec(cfg.model, splits.num_classes))
+    return Setup(fabric, backbone, splits)
 
-    folder = None
+
+def train(cfg: TrainConfig, setup: Setup | None = None, folder: Path | None = None) -> Path:
+    """Run a configuration: train, test once at the end, write the run folder.
+
+    The result is that of the last epoch, as in the paper's protocol for VTAB-1k; `best.ckpt` keeps
+    the epoch of the highest validation accuracy (the first of equals).
+
+    Args:
+        cfg: what to run.
+        setup: of this data and backbone, where several runs share them.
+        folder: where it goes, made by the caller; by default a new run folder. A run whose place
+            is given is one of many in a search and draws no pictures.
+
+    Raises: InputError for what the user can mend; Interrupted after Ctrl-C.
+    """
+    setup = setup or prepare(cfg)
+    fabric, splits = setup.fabric, setup.splits
+    splits = replace(splits, train=splits.train.with_seed(cfg.run.seed))
+    spec = build_spec(cfg.model, splits.num_classes)
+    module = setup.backbone.module
+    network, scores = start.build_network(cfg, spec, module, splits, fabric)
+    is_trial = folder is not None
     if fabric.is_global_zero:
-        folder = open_run(
+        folder = folder or open_run(
             "e2vpt",
             cfg.recipe,
             runs_dir=cfg.run.runs_dir,
@@ -89,8 +90,10 @@ def train(cfg: TrainConfig) -> Path:
             resume=cfg.run.resume,
             overwrite=cfg.run.overwrite,
         )
+        if scores is not None:
+            start.save_scores(scores, cfg.prune, folder)
     folder = Path(fabric.broadcast(str(folder)))
-    return _Training(cfg, fabric, folder, backbone, splits, network).run()
+    return _Training(cfg, fabric, folder, setup.backbone, splits, network, is_trial).run()
 
 
 class _Training:
@@ -104,7 +107,9 @@ class _Training:
         backbone: Backbone,
         splits: DataSplits,
         network: PromptedModel,
+        is_trial: bool = False,
     ) -> None:
+        self.is_trial = is_trial
         self.cfg, self.fabric, self.folder = cfg, fabric, folder
         self.backbone, self.splits, self.network = backbone, splits, network
         scale = cfg.data.batch_size * fabric.world_size / 256 if cfg.optim.scale_lr else 1.0
@@ -153,6 +158,8 @@ class _Training:
         # their dropout must differ.
         if not cfg.run.resume:
             seed_all(cfg.run.seed + fabric.global_rank)
+            if fabric.is_global_zero:
+                start.save_initial(self.network, self.folder)
             self._save(log)
         scores: dict[str, float] = {}
         seen, seconds = 0, 0.0
@@ -216,7 +223,7 @@ class _Training:
         loss = F.cross_entropy(logits.float(), labels.to(self.fabric.device, non_blocking=True))
         value = float(loss.detach())
         if not math.isfinite(value):
-            raise InputError(
+            raise Diverged(
                 "loss_ce",
                 f"{value} at step {self.step}",
                 "a finite loss",
@@ -236,7 +243,7 @@ class _Training:
         for name, tensor in tuned_state(self.network).items():
             if not torch.isfinite(tensor).all():
                 got = f"nan or inf after step {self.step}"
-                raise InputError(name, got, "finite weights", self._remedy)
+                raise Diverged(name, got, "finite weights", self._remedy)
 
     def _evaluate(self, images: ImageSet | None, split: str) -> dict[str, float]:
         if images is None:
@@ -268,6 +275,7 @@ class _Training:
             "best": self.best,
             "scaler": self.fabric._precision.state_dict(),
             "backbone": self.backbone.sha256,
+            "spec": self.network.spec.dict(),
             "config": to_dict(self.cfg),
         }
         if self.fabric.is_global_zero:
@@ -329,8 +337,9 @@ class _Training:
             class_names=splits.class_names,
             preprocessing=splits.preprocessing,
         )
-        plot_curves(self.folder, CURVES)
-        shown = splits.test or splits.val
+        shown = None if self.is_trial else splits.test or splits.val
+        if not self.is_trial:
+            plot_curves(self.folder, CURVES)
         if shown is not None:
             logits, labels = predict_set(self.fabric, self.network, shown, cfg.data)
             pictures.confusion(logits, labels, splits.class_names, self.folder / "confusion.png")
@@ -351,6 +360,7 @@ class _Training:
                     "sha256": self.backbone.sha256,
                 },
                 "normalize": cfg.data.normalize,
+                "prune": asdict(cfg.prune) if cfg.prune.source else None,
                 "data": splits.summary(),
                 "epochs": cfg.optim.epochs,
                 "images_per_second": images_per_second,

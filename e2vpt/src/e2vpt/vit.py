@@ -11,6 +11,7 @@ H heads, D width, d_h = D / H.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch.nn import functional as F
 
 from e2vpt.attend import attend_to
 from e2vpt.geometry import Geometry, LayerGeometry, class_name
-from e2vpt.prompts import KeyValuePrompts, VisualPrompts
+from e2vpt.prompts import KeyValueRows, VisualRows
 from shared_utils.errors import InputError
 
 CLASS = VisionTransformer
@@ -70,8 +71,8 @@ def check_supported(backbone: Any) -> Geometry:
 def prompted_features(
     backbone: Any,
     images: Tensor,
-    visual: VisualPrompts | None,
-    kv: KeyValuePrompts | None,
+    visual: VisualRows | None,
+    kv: KeyValueRows | None,
     *,
     token_form: bool = False,
     pool_prompts: bool = False,
@@ -90,22 +91,31 @@ def prompted_features(
         (B, N + P, D) with `pool_prompts`.
     """
     x = backbone.norm_pre(backbone.patch_drop(backbone._pos_embed(backbone.patch_embed(images))))
-
-    def run(
-        i: int, x: Tensor, rows: Tensor | None, kv: Rows | None, num_out: int, _: int
-    ) -> Tensor:
-        return run_block(backbone.blocks[i], x, rows, kv, num_out)
-
+    run = partial(_run, backbone, None if kv is None else kv.mask)
     return run_blocks(
         backbone, x, visual, kv, run, token_form=token_form, pool_prompts=pool_prompts
     )
 
 
+def _run(
+    backbone: Any,
+    mask: Tensor | None,
+    i: int,
+    x: Tensor,
+    rows: Tensor | None,
+    kv: Rows | None,
+    num_out: int,
+    _: int,
+) -> Tensor:
+    """The `BlockRunner` of a plain ViT."""
+    return run_block(backbone.blocks[i], x, rows, kv, num_out, mask)
+
+
 def run_blocks(
     backbone: Any,
     x: Tensor,
-    visual: VisualPrompts | None,
-    kv: KeyValuePrompts | None,
+    visual: VisualRows | None,
+    kv: KeyValueRows | None,
     run: BlockRunner,
     *,
     token_form: bool,
@@ -163,31 +173,47 @@ def folded_rows(backbone: Any, layer: int, rows: Tensor) -> tuple[Tensor, Tensor
     return keys[0].transpose(0, 1), values[0].transpose(0, 1)
 
 
-def run_block(block: Any, x: Tensor, rows: Tensor | None, kv: Rows | None, num_out: int) -> Tensor:
+def run_block(
+    block: Any,
+    x: Tensor,
+    rows: Tensor | None,
+    kv: Rows | None,
+    num_out: int,
+    mask: Tensor | None = None,
+) -> Tensor:
     """One block whose attention also sees prompts.
 
     Args:
         block: timm `Block`, or `ResPostBlock`, whose norms come behind attention and MLP.
         x: (B, N, D).
         rows: (1 or B, P, D) visual prompts of this layer, used for keys and values only.
-        kv: key-value prompts, each (H, n, d_h).
+        kv: key-value prompts, each (H, n, d_h), or (B, H, n, d_h).
         num_out: compute the first `num_out` tokens only; the others serve as keys and values.
+        mask: bool (B, n), False for key-value prompts that an image does not have.
 
     Returns: (B, num_out, D).
     """
     if type(block) is ResPostBlock:
-        mixed = block.norm1(attention(block.attn, x, rows, kv, num_out))
+        mixed = block.norm1(attention(block.attn, x, rows, kv, num_out, mask))
         x = x[:, :num_out] + block.drop_path1(mixed)
         post: Tensor = x + block.drop_path2(block.norm2(block.mlp(x)))
         return post
     y = block.norm1(x)
-    mixed = attention(block.attn, y, None if rows is None else block.norm1(rows), kv, num_out)
+    normed = None if rows is None else block.norm1(rows)
+    mixed = attention(block.attn, y, normed, kv, num_out, mask)
     x = x[:, :num_out] + block.drop_path1(block.ls1(mixed))
     out: Tensor = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
     return out
 
 
-def attention(attn: Any, y: Tensor, rows: Tensor | None, kv: Rows | None, num_out: int) -> Tensor:
+def attention(
+    attn: Any,
+    y: Tensor,
+    rows: Tensor | None,
+    kv: Rows | None,
+    num_out: int,
+    mask: Tensor | None = None,
+) -> Tensor:
     """Multi-head attention of the first `num_out` tokens over all tokens and prompts.
 
     softmax(Q [K; K_visual; K_kv]ᵀ / sqrt(d_h)) [V; V_visual; V_kv], the order of rows being
@@ -197,8 +223,9 @@ def attention(attn: Any, y: Tensor, rows: Tensor | None, kv: Rows | None, num_ou
         attn: timm `Attention`.
         y: (B, N, D) after the norm.
         rows: (1 or B, P, D) visual prompts after the norm.
-        kv: key-value prompts, each (H, n, d_h).
+        kv: key-value prompts, each (H, n, d_h), or (B, H, n, d_h).
         num_out: number of query tokens.
+        mask: bool (B, n), False for key-value prompts that an image does not have.
 
     Returns: (B, num_out, D) after the output projection.
     """
@@ -215,9 +242,9 @@ def attention(attn: Any, y: Tensor, rows: Tensor | None, kv: Rows | None, num_ou
         keys.append(k)
         values.append(v)
     if kv is not None:
-        keys.append(kv[0].transpose(0, 1)[None].to(k.dtype))
-        values.append(kv[1].transpose(0, 1)[None].to(v.dtype))
-    return project_out(attn, attend_to(attn, attn.q_norm(q), keys, values), y)
+        keys.append(kv[0].transpose(-3, -2).to(k.dtype).expand(b, -1, -1, -1))
+        values.append(kv[1].transpose(-3, -2).to(v.dtype).expand(b, -1, -1, -1))
+    return project_out(attn, attend_to(attn, attn.q_norm(q), keys, values, mask), y)
 
 
 def project_out(attn: Any, mixed: Tensor, y: Tensor) -> Tensor:
@@ -238,7 +265,7 @@ def project_out(attn: Any, mixed: Tensor, y: Tensor) -> Tensor:
 
 
 def _key_value_rows(attn: Any, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """(1 or B, P, D) after the norm -> normed keys, and values, both (1 or B, P, H, d_h)."""
+    """(1 or B, P, D) after the norm -> keys after the key norm, values: (1 or B, P, H, d_h)."""
     width = attn.attn_dim
     pairs = project(attn.qkv, rows, width, 3 * width)
     k, v = pairs.view(*rows.shape[:2], 2, attn.num_heads, attn.head_dim).unbind(2)

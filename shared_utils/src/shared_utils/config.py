@@ -11,8 +11,10 @@ import io
 import json
 import os
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from inspect import formatannotation
+from itertools import groupby
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
@@ -116,16 +118,15 @@ def parse_recipe(
 ) -> tuple[str, C]:
     """Parse `RECIPE --flags`, or `--resume RUN --flags`, which starts from the run's own config.
 
-    Returns: the recipe's name (for a resumed run, the one stored as `recipe` in its config) and
-        the configuration.
+    Returns: the recipe's name, of a resumed run the one in its config, and the configuration.
     """
-    first, *_ = recipes
-    cls = type(recipes[first])
+    first, cls = next((name, type(recipe)) for name, recipe in recipes.items())
     name, *options = argv or ("",)
     if name in ("-h", "--help"):
-        about += f"\nTo go on with a run: {prog} --resume RUN [OPTIONS]\n\nrecipes:\n"
-        about += "".join(f"  {n:<18} {getattr(r, 'about', '')}\n" for n, r in recipes.items())
-        about += f"\nThe defaults below are those of {first}."
+        about += f"\nTo go on: {prog} --resume RUN [OPTIONS]. Defaults: {first}'s.\n\nrecipes:"
+        wrap = textwrap.TextWrapper(98, "\n  ", " " * 4, break_on_hyphens=False)
+        for told, names in groupby(recipes, lambda name: getattr(recipes[name], "about", "")):
+            about += wrap.fill(f"{' '.join(names):<18} {told}")
         parse(cls, argv, prog=f"{prog} RECIPE", default=recipes[first], about=about)
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--resume", nargs="?")

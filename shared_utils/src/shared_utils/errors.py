@@ -65,7 +65,6 @@ def run_main(body: Callable[[], None]) -> int:
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise
-        print(
-            "error: disk: got a full one, expected room; free some and try again", file=sys.stderr
-        )
+        told = "error: disk: got a full one, expected room; free some and try again"
+        print(told, file=sys.stderr)
         return 2

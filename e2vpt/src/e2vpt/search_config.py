@@ -1,0 +1,96 @@
+"""What `e2vpt search` tries: rates and decays, then how much to prune, then the final runs."""
+
+import math
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from e2vpt.config import Method, Rewind, RunConfig, TrainConfig
+from shared_utils.errors import InputError
+
+PERCENTS = range(10, 100, 10)  # of tokens and of segments, the paper's code
+
+
+def token_counts(num_prompts: int) -> list[int]:
+    """How many of P visual prompts the paper's code tries to remove; at least one stays."""
+    return sorted({min(num_prompts * percent // 100, num_prompts - 1) for percent in PERCENTS})
+
+
+def segment_counts(num_segments: int, min_kept: int = 4) -> list[int]:
+    """How many of R segments it tries to remove from each prompt that stays."""
+    counts = {num_segments * percent // 100 for percent in PERCENTS}
+    return sorted(count for count in counts if num_segments - count >= min_kept)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchOptions:
+    """The stages of a search. Every choice is made on the validation images."""
+
+    methods: tuple[Method, ...] = ("e2vpt",)
+    """methods that each get the same grid; e2vpt is pruned too"""
+    lrs: tuple[float, ...] = (50, 25, 10, 5, 2.5, 1, 0.5, 0.25, 0.1, 0.05)
+    """learning rates of the grid, as --optim.lr (default: the paper's base rates)"""
+    weight_decays: tuple[float, ...] = (0.01, 0.001, 0.0001, 0.0)
+    """weight decays of the grid (default: the paper's)"""
+    prune: bool = True
+    """look for prompts and segments to remove from the best e2vpt run"""
+    candidate_epochs: int = 15
+    """epochs of a pruned candidate, warm-started from the trained prompts"""
+    num_segments: int = 8
+    """segments that a prompt is cut into"""
+    min_segments: int = 4
+    """segments that each prompt keeps at least"""
+    finalists: int = 2
+    """pruned candidates retrained in full, of which the best is taken"""
+    rewind: Rewind = "init"
+    """what survivors start from when retrained: init, trained or reinit"""
+    controls: bool = True
+    """also run pruning at random, and as few prompts from the start, at the chosen size"""
+    seeds: tuple[int, ...] = (42, 44, 82, 100, 800)
+    """seeds of the final runs, which are tested once (default: the paper's)"""
+    final_on_val: bool = True
+    """train the final runs on training and validation images together, as for VTAB-1k"""
+    suite: tyro.conf.Suppress[Literal["", "vtab"]] = ""
+    data_root: Path = Path("data/vtab-1k")
+    """recipe vtab: folder of the benchmark, with a folder per task"""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        for name in ("methods", "lrs", "weight_decays", "seeds"):
+            if not getattr(self, name):
+                raise InputError(f"search.{name}", "nothing", "at least one", "name some")
+        for lr in self.lrs:
+            if not 0 < lr < math.inf:
+                raise InputError("search.lrs", lr, "more than 0", "correct it")
+        for decay in self.weight_decays:
+            if not 0 <= decay < math.inf:
+                raise InputError("search.weight_decays", decay, "0 or more", "correct it")
+        for name in ("candidate_epochs", "num_segments", "min_segments", "finalists"):
+            if getattr(self, name) < 1:
+                raise InputError(f"search.{name}", getattr(self, name), "1 or more", "correct it")
+        if self.min_segments > self.num_segments:
+            raise InputError(
+                "search.min_segments",
+                self.min_segments,
+                f"at most search.num_segments ({self.num_segments})",
+                "lower it",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig(TrainConfig):
+    """`e2vpt search`: a recipe, and what to try around it."""
+
+    search: SearchOptions = field(default_factory=SearchOptions)
+    run: Annotated[RunConfig, tyro.conf.arg(name="")] = field(default_factory=RunConfig)
+
+    @classmethod
+    def of(cls, recipe: TrainConfig, search: SearchOptions) -> "SearchConfig":
+        """A training recipe with a search around it."""
+        return cls(**{f.name: getattr(recipe, f.name) for f in fields(recipe)}, search=search)
+
+    def training(self) -> TrainConfig:
+        """The training part alone."""
+        return TrainConfig(**{f.name: getattr(self, f.name) for f in fields(TrainConfig)})
