@@ -409,7 +409,7 @@ def test_zero_kv_rows_take_softmax_mass(count: int, num_out: int) -> None:
     y = torch.randn(2, 17, WIDTH, dtype=torch.float64)
     zeros = torch.zeros(HEADS, count, WIDTH // HEADS, dtype=torch.float64)
     without = attention(attn, y, None, None, num_out)
-    with_zeros = attention(attn, y, None, (zeros, zeros), num_out)
+    with_zeros = attention(attn, y, None, (zeros, zeros, None), num_out)
     q, k, _ = attn.qkv(y).reshape(2, 17, 3, HEADS, WIDTH // HEADS).permute(2, 0, 3, 1, 4)
     z = (q @ k.mT * (WIDTH // HEADS) ** -0.5).exp().sum(-1)[:, :, :num_out]  # (B, H, num_out)
     scale = (z / (z + count)).transpose(1, 2).repeat_interleave(WIDTH // HEADS, dim=2)

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from e2vpt.families import family_of
+from e2vpt.fold import fold
 from e2vpt.model import PromptedModel, PromptSpec, parameter_report, remove, with_token_form
-from e2vpt.prompts import KeyValuePrompts
 from e2vpt.published import average_patches
 from shared_utils.errors import InputError
 
@@ -212,16 +212,10 @@ def test_forms_agree_with_key_value_prompts(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
 def test_deep_visual_prompts_fold_into_key_value_rows(name: str) -> None:
-    backbone = tiny(name)
-    x, family = images_for(backbone), family_of(backbone)
-    model = prompted(backbone)
-    folded = KeyValuePrompts(model.geometry, [3 + 2] * 2, share=False).double()
-    for i in range(2):
-        keys, values = family.folded_rows(backbone, i, model.visual.rows(i))
-        folded.key[i].copy_(torch.cat([keys, model.kv.key[i]], dim=1))
-        folded.value[i].copy_(torch.cat([values, model.kv.value[i]], dim=1))
-    tokens = family.prompted_features(backbone, x, None, folded)
-    assert largest_gap(backbone.forward_head(tokens, pre_logits=True), model.features(x)) < 1e-12
+    model = prompted(tiny(name))
+    x, folded = images_for(model.backbone), fold(model)
+    assert folded.visual is None
+    assert largest_gap(folded.features(x), model.features(x)) < 1e-12
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -65,11 +65,7 @@ def attend(
 
 
 def attend_to(
-    attn: Any,
-    q: Tensor,
-    keys: list[Tensor],
-    values: list[Tensor],
-    mask: Tensor | None = None,
+    attn: Any, q: Tensor, keys: list[Tensor], values: list[Tensor], mask: Tensor | None = None
 ) -> Tensor:
     """Attention as a timm module is set (scale, dropout, fused or not) over rows of any origin.
 
@@ -78,7 +74,7 @@ def attend_to(
         q: (B, N, H, d_h).
         keys: parts, each (1 or B, rows, H, d_h); joined in their order, which makes no difference.
         values: the same parts of the values.
-        mask: bool (B, n), False for those of the last n rows that an image does not have.
+        mask: bool (B, n), False where an image does not have one of the last n rows.
 
     Returns: (B, N, H d_h), before norm, gate and projection.
     """
@@ -92,21 +88,24 @@ def attend_to(
     v = torch.cat([part.expand(b, -1, -1, -1) for part in values], dim=1).transpose(1, 2)
     q = q.transpose(1, 2)
     dropout = attn.attn_drop.p if attn.attn_drop.training else 0.0
-    bias = None
-    if mask is not None:  # additive, (B, 1, 1, M)
-        bias = v.new_zeros(b, num_rows + padding)
-        bias[:, num_rows:] = float("-inf")
-        bias[:, num_rows - mask.shape[1] : num_rows].masked_fill_(~mask, float("-inf"))
-        bias = bias[:, None, None]
+    bias = None if mask is None else _bias(mask, num_rows, padding, v)
     if attn.fused_attn:
         out = attend(q, k, v, scale=attn.scale, padding=padding, dropout=dropout, bias=bias)
     else:
         logits = (q * attn.scale) @ k.transpose(-2, -1)
         if bias is not None:
             logits = logits + bias
-        weights = F.dropout(logits[..., :num_rows].softmax(dim=-1), dropout)
-        out = weights @ v[:, :, :num_rows]
+        kept = num_rows
+        out = F.dropout(logits[..., :kept].softmax(dim=-1), dropout) @ v[:, :, :kept]
     return out.transpose(1, 2).reshape(b, n, heads * head_dim)
+
+
+def _bias(mask: Tensor, num_rows: int, padding: int, like: Tensor) -> Tensor:
+    """(B, 1, 1, M), -inf for the padding and for rows that an image does not have."""
+    bias = like.new_zeros(len(mask), num_rows + padding)
+    bias[:, num_rows:] = float("-inf")
+    bias[:, num_rows - mask.shape[1] : num_rows].masked_fill_(~mask, float("-inf"))
+    return bias[:, None, None]
 
 
 def _mask(k: Tensor, padding: int) -> Tensor | None:

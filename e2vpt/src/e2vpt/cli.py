@@ -128,8 +128,13 @@ def _prune(argv: Sequence[str]) -> None:
         _, cfg = parse_recipe(RECIPES, words, prog=prog, about=about)
     else:
         start = replace(next(iter(RECIPES.values())))
-        parse(TrainConfig, [w for w in words if w in ("-h", "--help")], prog=f"{prog} RUN",
-              default=start, about=about)
+        parse(
+            TrainConfig,
+            [w for w in words if w in ("-h", "--help")],
+            prog=f"{prog} RUN",
+            default=start,
+            about=about,
+        )
         raise InputError("RUN", "nothing", "a finished run folder first", f"{prog} RUN [OPTIONS]")
     from e2vpt.train import train
 

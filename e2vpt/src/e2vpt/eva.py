@@ -32,6 +32,7 @@ from e2vpt.vit import Rows, project, project_out, run_blocks
 from shared_utils.errors import InputError
 
 CLASS = Eva
+CLASSIFIER = "head"
 ROTARY = (RotaryEmbeddingCat, RotaryEmbeddingDinoV3, RotaryEmbeddingMixed, RotaryEmbeddingMRope)
 
 
@@ -88,7 +89,7 @@ def prompted_features(
     """
     x, rope = backbone._pos_embed(backbone.patch_embed(images))
     x = backbone.norm_pre(x)
-    run = partial(_run, backbone, rope, None if kv is None else kv.mask)
+    run = partial(_run, backbone, rope)
     return run_blocks(
         backbone, x, visual, kv, run, token_form=token_form, pool_prompts=pool_prompts
     )
@@ -97,7 +98,6 @@ def prompted_features(
 def _run(
     backbone: Any,
     rope: Tensor | None,
-    mask: Tensor | None,
     i: int,
     x: Tensor,
     rows: Tensor | None,
@@ -108,7 +108,7 @@ def _run(
     """The `BlockRunner` of `Eva`."""
     if rope is not None and backbone.rope_mixed:  # learned, one for each layer
         rope = rope[i]
-    return run_block(backbone.blocks[i], x, rows, kv, num_out, rope, carried, mask)
+    return run_block(backbone.blocks[i], x, rows, kv, num_out, rope, carried)
 
 
 def folded_rows(backbone: Any, layer: int, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -135,7 +135,6 @@ def run_block(
     num_out: int,
     rope: Tensor | None,
     carried: int,
-    mask: Tensor | None = None,
 ) -> Tensor:
     """One block whose attention also sees prompts.
 
@@ -143,21 +142,21 @@ def run_block(
         block: timm `EvaBlock`, or `EvaBlockPostNorm`, whose norms come behind attention and MLP.
         x: (B, N, D).
         rows: (1 or B, P, D) visual prompts of this layer, used for keys and values only.
-        kv: key-value prompts, each (G, n, d_h), or (B, G, n, d_h).
+        kv: key-value prompts, each (G, n, d_h) or (B, G, n, d_h), and bool (B, n), False for those
+            that an image does not have, or None.
         num_out: compute the first `num_out` tokens only; the others serve as keys and values.
         rope: sines and cosines of the patches, (patches, 2 d_h) or with H, or B and H, before.
         carried: prompts in `x`, behind the prefix tokens.
-        mask: bool (B, n), False for key-value prompts that an image does not have.
 
     Returns: (B, num_out, D).
     """
     if type(block) is EvaBlockPostNorm:
-        mixed = block.norm1(attention(block.attn, x, rows, kv, num_out, rope, carried, mask))
+        mixed = block.norm1(attention(block.attn, x, rows, kv, num_out, rope, carried))
         x = x[:, :num_out] + block.drop_path1(mixed)
         post: Tensor = x + block.drop_path2(block.norm2(block.mlp(x)))
         return post
     rows = None if rows is None else block.norm1(rows)
-    mixed = attention(block.attn, block.norm1(x), rows, kv, num_out, rope, carried, mask)
+    mixed = attention(block.attn, block.norm1(x), rows, kv, num_out, rope, carried)
     if block.gamma_1 is not None:
         mixed = block.gamma_1 * mixed
     x = x[:, :num_out] + block.drop_path1(mixed)
@@ -176,7 +175,6 @@ def attention(
     num_out: int,
     rope: Tensor | None,
     carried: int,
-    mask: Tensor | None = None,
 ) -> Tensor:
     """Multi-head attention of the first `num_out` tokens over all tokens and prompts.
 
@@ -184,11 +182,11 @@ def attention(
         attn: timm `EvaAttention` or `AttentionRope`.
         y: (B, N, D) after the norm.
         rows: (1 or B, P, D) visual prompts after the norm.
-        kv: key-value prompts, each (G, n, d_h), or (B, G, n, d_h).
+        kv: key-value prompts, each (G, n, d_h) or (B, G, n, d_h), and bool (B, n), False for those
+            that an image does not have, or None.
         num_out: number of query tokens.
         rope: as in `run_block`.
         carried: as in `run_block`.
-        mask: as in `run_block`.
 
     Returns: (B, num_out, D) after the output projection.
     """
@@ -210,12 +208,14 @@ def attention(
         keys.append(k)
         values.append(v)
     if kv is not None:
-        keys.append(kv[0].transpose(-3, -2).to(k.dtype).expand(y.shape[0], -1, -1, -1))
-        values.append(kv[1].transpose(-3, -2).to(v.dtype).expand(y.shape[0], -1, -1, -1))
+        for parts, shared_or_own in ((keys, kv[0]), (values, kv[1])):
+            new = shared_or_own if shared_or_own.ndim == 4 else shared_or_own[None]
+            parts.append(new.transpose(1, 2).to(k.dtype))
     groups = attn.num_heads // _num_kv_heads(attn)
     if groups > 1:  # each head of keys and values serves that many heads of queries
         keys = [part.repeat_interleave(groups, dim=2) for part in keys]
         values = [part.repeat_interleave(groups, dim=2) for part in values]
+    mask = None if kv is None else kv[2]
     return project_out(attn, attend_to(attn, q.to(v.dtype), keys, values, mask), y)
 
 

@@ -1,6 +1,6 @@
 """Which code puts prompts into which kind of backbone.
 
-A family is a module with the three functions of `Family`. Shapes: B batch, P visual prompts, n
+A family is a module with what `Family` lists. Shapes: B batch, P visual prompts, n
 key-value prompts, H heads, D width, d_h width of a head; they may differ from layer to layer.
 """
 
@@ -8,14 +8,20 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from e2vpt import eva, vit
+from e2vpt import eva, swin, vit
 from e2vpt.geometry import Geometry, class_name
 from e2vpt.prompts import KeyValueRows, VisualRows
 from shared_utils.errors import InputError
 
 
 class Family(Protocol):
-    """How prompts enter one kind of backbone, without touching its modules."""
+    """How prompts enter one kind of backbone, without touching its modules.
+
+    Attributes:
+        CLASSIFIER: dotted name of the layer in the backbone that the prompted model's head is for.
+    """
+
+    CLASSIFIER: str
 
     def check_supported(self, backbone: Any) -> Geometry:
         """The sizes. Raises: InputError naming a block or attention class that is not known."""
@@ -36,7 +42,11 @@ class Family(Protocol):
         """The keys and values, each (H, P, d_h), of visual prompts (P, D) in one layer."""
 
 
-FAMILIES: dict[type[nn.Module], Family] = {vit.CLASS: vit, eva.CLASS: eva}
+FAMILIES: dict[type[nn.Module], Family] = {
+    vit.CLASS: vit,
+    eva.CLASS: eva,
+    **dict.fromkeys(swin.CLASSES, swin),
+}
 
 
 def family_of(backbone: nn.Module) -> Family:

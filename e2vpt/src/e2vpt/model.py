@@ -133,11 +133,11 @@ class PromptedModel(nn.Module):
         # The record stays with the backbone, which several models may share.
         if not hasattr(backbone, "_before_prompts"):
             self.backbone._before_prompts = _Before(
-                head=self.backbone.head,
+                head=backbone.get_submodule(self.family.CLASSIFIER),
                 trains={n: p.requires_grad for n, p in backbone.named_parameters()},
                 modes={n: m.training for n, m in backbone.named_modules()},
             )
-            self.backbone.head = nn.Identity()
+            backbone.set_submodule(self.family.CLASSIFIER, nn.Identity())
         for name, parameter in backbone.named_parameters():
             parameter.requires_grad_(name in trains)
         adapters.attach(backbone, spec.adapter, spec.adapter_dim, spec.adapter_scale)
@@ -157,7 +157,7 @@ class PromptedModel(nn.Module):
             self.kv = KeyValuePrompts(
                 g, counts, share=spec.share_kv and not spec.folded, init=spec.kv_init
             )
-        self.head = nn.Linear(cast(Any, backbone).num_features, spec.num_classes)
+        self.head = nn.Linear(cast(Any, backbone).head_hidden_size, spec.num_classes)
         if spec.parity_head:
             nn.init.kaiming_normal_(self.head.weight, mode="fan_out")
             nn.init.constant_(self.head.bias, PARITY_HEAD_BIAS)
@@ -230,7 +230,8 @@ def prompt(
     the head starts near zero instead of from Kaiming noise (`parity_head` restores it).
 
     Args:
-        backbone: timm `VisionTransformer`; it is taken over until `remove` gives it back.
+        backbone: timm `VisionTransformer`, `SwinTransformer` or `SwinTransformerV2`; it is taken
+            over until `remove` gives it back.
         num_classes: outputs of the head.
         num_visual_prompts: P, tokens per layer (`deep`) or in the first layer; 0 for none.
         num_kv_prompts: n, key and value rows per layer and head; 0 for none.
@@ -280,7 +281,8 @@ def remove(model: PromptedModel) -> nn.Module:
         del backbone._before_prompts
         adapters.detach(backbone)
         weight = next(backbone.parameters())
-        backbone.head = before.head.to(weight.device, weight.dtype)
+        head = before.head.to(weight.device, weight.dtype)
+        backbone.set_submodule(family_of(backbone).CLASSIFIER, head)
         for name, parameter in backbone.named_parameters():
             parameter.requires_grad_(before.trains.get(name, True))
         for name, module in backbone.named_modules():

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from e2vpt import fgvc, vtab
 from e2vpt.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from e2vpt.search_config import SearchConfig, SearchOptions
 
 # The embedded default: scikit-learn's real digits on the micro ViT, both inside the packages.
 # Prompts want large rates, and 800 images want crops. Expected: test_top1 0.93.
@@ -90,3 +91,28 @@ FGVC = [
 ]
 
 RECIPES = {cfg.recipe: cfg for cfg in (DIGITS, PAPER, MICRO, *VTAB, *FGVC)}
+
+# Searches. The paper's grid (its ten base rates, four decays) around the benchmarks' protocol; a
+# few rates that the micro ViT can bear for its minute-scale recipes.
+SMALL_GRID = SearchOptions(
+    lrs=(0.1, 0.05, 0.02),
+    weight_decays=(1e-4,),
+    candidate_epochs=10,
+    seeds=(0, 1, 2),
+    final_on_val=False,
+)
+VTAB_SUITE = replace(
+    PARITY,
+    recipe="vtab",
+    about="all VTAB-1k tasks below --search.data-root, with both means; days on one GPU",
+    data=VTAB[0].data,
+)
+SEARCH_RECIPES = {
+    cfg.recipe: cfg
+    for cfg in (
+        *(SearchConfig.of(cfg, SMALL_GRID) for cfg in (DIGITS, MICRO)),
+        *(SearchConfig.of(cfg, SearchOptions()) for cfg in (PAPER, *VTAB)),
+        SearchConfig.of(VTAB_SUITE, SearchOptions(suite="vtab")),
+        *(SearchConfig.of(cfg, SearchOptions(final_on_val=False)) for cfg in FGVC),
+    )
+}

@@ -17,8 +17,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from e2vpt.config import Method, TrainConfig
 from e2vpt import vtab
+from e2vpt.config import Method, TrainConfig
 from e2vpt.data import load_data
 from e2vpt.search_config import SearchConfig, segment_counts, token_counts
 from e2vpt.train import Setup, prepare
@@ -240,9 +240,7 @@ class _Search:
             finals = self._finals("e2vpt-random", by_chance)
             rows.append(Row("e2vpt pruned at random", by_chance, finals, *cost))
             left = trained.cfg.model.num_visual_prompts - chosen.cfg.prune.num_tokens
-            fewer = replace(
-                trained.cfg, model=replace(trained.cfg.model, num_visual_prompts=left)
-            )
+            fewer = replace(trained.cfg, model=replace(trained.cfg.model, num_visual_prompts=left))
             same = replace(trained, cfg=fewer)
             finals = self._finals("e2vpt-fewer", same)
             rows.append(Row(f"e2vpt with {left} prompts", same, finals, *self._cost("e2vpt grid")))
@@ -256,9 +254,7 @@ class _Search:
         optim = replace(cfg.optim, epochs=epochs, warmup_epochs=min(1, epochs))
         self._trial(stage, f"candidate-t{tokens}-s{segments}", replace(cfg, optim=optim))
 
-    def _pruned(
-        self, cfg: TrainConfig, source: Trial, tokens: int, segments: int
-    ) -> TrainConfig:
+    def _pruned(self, cfg: TrainConfig, source: Trial, tokens: int, segments: int) -> TrainConfig:
         return replace(
             cfg,
             prune=replace(
@@ -288,9 +284,7 @@ class _Search:
             )
         return tuple(finals)
 
-    def _trial(
-        self, stage: str, name: str, cfg: TrainConfig, setup: Setup | None = None
-    ) -> Trial:
+    def _trial(self, stage: str, name: str, cfg: TrainConfig, setup: Setup | None = None) -> Trial:
         run = replace(cfg.run, name=name, resume="", overwrite=False)
         trial = self.trials.run(name, replace(cfg, run=run), setup or self.setup)
         self.stages.setdefault(stage, []).append(trial)

@@ -99,7 +99,9 @@ def write(
         ]
         for stage, of_stage in stages.items()
     }
-    write_text(json.dumps({"rows": plain, "stages": trials}, indent=1) + "\n", folder / "search.json")
+    write_text(
+        json.dumps({"rows": plain, "stages": trials}, indent=1) + "\n", folder / "search.json"
+    )
     write_text(table(plain) + "\n", folder / "table.md")
     heat_maps(stages, folder / "search.png")
     best = max(rows, key=lambda row: row.chosen.val_top1)

@@ -26,7 +26,8 @@ from e2vpt.prompts import KeyValueRows, VisualRows
 from shared_utils.errors import InputError
 
 CLASS = VisionTransformer
-Rows = tuple[Tensor, Tensor]  # keys and values
+CLASSIFIER = "head"
+Rows = tuple[Tensor, Tensor, Tensor | None]  # keys, values, and which of them an image has
 BlockRunner = Callable[[int, Tensor, Tensor | None, Rows | None, int, int], Tensor]
 
 
@@ -91,24 +92,17 @@ def prompted_features(
         (B, N + P, D) with `pool_prompts`.
     """
     x = backbone.norm_pre(backbone.patch_drop(backbone._pos_embed(backbone.patch_embed(images))))
-    run = partial(_run, backbone, None if kv is None else kv.mask)
+    run = partial(_run, backbone)
     return run_blocks(
         backbone, x, visual, kv, run, token_form=token_form, pool_prompts=pool_prompts
     )
 
 
 def _run(
-    backbone: Any,
-    mask: Tensor | None,
-    i: int,
-    x: Tensor,
-    rows: Tensor | None,
-    kv: Rows | None,
-    num_out: int,
-    _: int,
+    backbone: Any, i: int, x: Tensor, rows: Tensor | None, kv: Rows | None, num_out: int, _: int
 ) -> Tensor:
     """The `BlockRunner` of a plain ViT."""
-    return run_block(backbone.blocks[i], x, rows, kv, num_out, mask)
+    return run_block(backbone.blocks[i], x, rows, kv, num_out)
 
 
 def run_blocks(
@@ -149,7 +143,7 @@ def run_blocks(
             x = torch.cat([x[:, :prefix], tokens, x[:, prefix + carried :]], dim=1)
             carried, rows = tokens.shape[1], None
         num_out = 1 if i == last and only_class_token else x.shape[1]
-        extra = kv(i) if kv is not None and i < kv.num_layers else None
+        extra = (*kv(i), kv.mask) if kv is not None and i < kv.num_layers else None
         x = run(i, x, rows, extra, num_out, carried)
     if carried and not pool_prompts and x.shape[1] > prefix + carried:
         x = torch.cat([x[:, :prefix], x[:, prefix + carried :]], dim=1)
@@ -173,47 +167,32 @@ def folded_rows(backbone: Any, layer: int, rows: Tensor) -> tuple[Tensor, Tensor
     return keys[0].transpose(0, 1), values[0].transpose(0, 1)
 
 
-def run_block(
-    block: Any,
-    x: Tensor,
-    rows: Tensor | None,
-    kv: Rows | None,
-    num_out: int,
-    mask: Tensor | None = None,
-) -> Tensor:
+def run_block(block: Any, x: Tensor, rows: Tensor | None, kv: Rows | None, num_out: int) -> Tensor:
     """One block whose attention also sees prompts.
 
     Args:
         block: timm `Block`, or `ResPostBlock`, whose norms come behind attention and MLP.
         x: (B, N, D).
         rows: (1 or B, P, D) visual prompts of this layer, used for keys and values only.
-        kv: key-value prompts, each (H, n, d_h), or (B, H, n, d_h).
+        kv: key-value prompts, each (H, n, d_h) or (B, H, n, d_h), and bool (B, n), False for those
+            that an image does not have, or None.
         num_out: compute the first `num_out` tokens only; the others serve as keys and values.
-        mask: bool (B, n), False for key-value prompts that an image does not have.
 
     Returns: (B, num_out, D).
     """
     if type(block) is ResPostBlock:
-        mixed = block.norm1(attention(block.attn, x, rows, kv, num_out, mask))
+        mixed = block.norm1(attention(block.attn, x, rows, kv, num_out))
         x = x[:, :num_out] + block.drop_path1(mixed)
         post: Tensor = x + block.drop_path2(block.norm2(block.mlp(x)))
         return post
     y = block.norm1(x)
-    normed = None if rows is None else block.norm1(rows)
-    mixed = attention(block.attn, y, normed, kv, num_out, mask)
+    mixed = attention(block.attn, y, None if rows is None else block.norm1(rows), kv, num_out)
     x = x[:, :num_out] + block.drop_path1(block.ls1(mixed))
     out: Tensor = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
     return out
 
 
-def attention(
-    attn: Any,
-    y: Tensor,
-    rows: Tensor | None,
-    kv: Rows | None,
-    num_out: int,
-    mask: Tensor | None = None,
-) -> Tensor:
+def attention(attn: Any, y: Tensor, rows: Tensor | None, kv: Rows | None, num_out: int) -> Tensor:
     """Multi-head attention of the first `num_out` tokens over all tokens and prompts.
 
     softmax(Q [K; K_visual; K_kv]ᵀ / sqrt(d_h)) [V; V_visual; V_kv], the order of rows being
@@ -223,9 +202,9 @@ def attention(
         attn: timm `Attention`.
         y: (B, N, D) after the norm.
         rows: (1 or B, P, D) visual prompts after the norm.
-        kv: key-value prompts, each (H, n, d_h), or (B, H, n, d_h).
+        kv: key-value prompts, each (H, n, d_h) or (B, H, n, d_h), and bool (B, n), False for those
+            that an image does not have, or None.
         num_out: number of query tokens.
-        mask: bool (B, n), False for key-value prompts that an image does not have.
 
     Returns: (B, num_out, D) after the output projection.
     """
@@ -242,8 +221,10 @@ def attention(
         keys.append(k)
         values.append(v)
     if kv is not None:
-        keys.append(kv[0].transpose(-3, -2).to(k.dtype).expand(b, -1, -1, -1))
-        values.append(kv[1].transpose(-3, -2).to(v.dtype).expand(b, -1, -1, -1))
+        for parts, shared_or_own in ((keys, kv[0]), (values, kv[1])):
+            new = shared_or_own if shared_or_own.ndim == 4 else shared_or_own[None]
+            parts.append(new.transpose(1, 2).to(k.dtype))
+    mask = None if kv is None else kv[2]
     return project_out(attn, attend_to(attn, attn.q_norm(q), keys, values, mask), y)
 
 
@@ -265,7 +246,7 @@ def project_out(attn: Any, mixed: Tensor, y: Tensor) -> Tensor:
 
 
 def _key_value_rows(attn: Any, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """(1 or B, P, D) after the norm -> keys after the key norm, values: (1 or B, P, H, d_h)."""
+    """(1 or B, P, D) after the norm -> normed keys, and values, both (1 or B, P, H, d_h)."""
     width = attn.attn_dim
     pairs = project(attn.qkv, rows, width, 3 * width)
     k, v = pairs.view(*rows.shape[:2], 2, attn.num_heads, attn.head_dim).unbind(2)
