@@ -357,6 +357,38 @@ def test_detached_is_for_a_while(kind: str) -> None:
         assert not torch.allclose(expected, linear(IMAGES))
 
 
+@pytest.mark.parametrize("cls", [SwinTransformer, SwinTransformerV2])
+@pytest.mark.parametrize(
+    "spec",
+    [{"kind": "lora"}, {"kind": "adaptformer"}, {"backbone_trains": "partial"}],
+    ids=["lora", "adaptformer", "partial"],
+)
+def test_swin_trains_with_each(cls: Any, spec: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    backbone = cls(
+        img_size=32, patch_size=4, window_size=4, embed_dim=16, depths=(2, 1), num_heads=(1, 2),
+        num_classes=5,
+    ).eval()  # fmt: skip
+    with torch.no_grad():  # V2 starts with norms of 0, through which nothing passes back
+        for parameter in backbone.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    modules, state = dict(backbone.named_modules()), state_of(backbone)
+    model = model_of(backbone, **spec)
+    before, names = state_of(model), set(tuned_state(model))
+    train_two_steps(model)
+    changed = {n for n, t in model.state_dict().items() if not torch.equal(t, before[n])}
+    # What is added to all keys alike does not change a softmax.
+    assert names - changed <= {"backbone.layers.1.blocks.0.attn.qkv.bias"}
+    assert changed <= names
+    if "kind" not in spec:
+        begins = ("backbone.layers.1.blocks.0.", "backbone.norm.", "head.")
+        assert all(name.startswith(begins) for name in names)
+        return
+    remove(model)
+    assert dict(backbone.named_modules()) == modules
+    assert all(torch.equal(tensor, state[name]) for name, tensor in backbone.state_dict().items())
+
+
 TAKEN = r"^backbone: got one that carries the adapters of another model, expected one that is free;"
 
 
