@@ -123,7 +123,8 @@ def test_vit_b16_counts_are_the_papers(
     report = parameter_report(model)
     assert round(report.pop("percent"), 4) == percent
     assert report == {
-        "visual": visual, "kv": kv, "head": head, "backbone": 0, "tuned": tuned, "total": total,
+        "visual": visual, "kv": kv, "adapters": 0, "head": head, "backbone": 0, "tuned": tuned,
+        "total": total,
     }  # fmt: skip
     assert sum(p.numel() for p in model.parameters()) == total
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == tuned
@@ -154,8 +155,9 @@ def test_counts_of_the_options() -> None:
     assert report(deep=False)["visual"] == 10 * 768
     assert report(prompt_dim=64)["visual"] == 12 * 10 * 64 + 64 * 768 + 768
     bare = parameter_report(on_meta("vit_base_patch16_224", 100, 0, 0))
-    assert bare == {"visual": 0, "kv": 0, "head": 76_900, "backbone": 0, "tuned": 76_900,
-                    "total": 85_875_556, "percent": 100 * 76_900 / 85_875_556}  # fmt: skip
+    assert bare == {"visual": 0, "kv": 0, "adapters": 0, "head": 76_900, "backbone": 0,
+                    "tuned": 76_900, "total": 85_875_556,
+                    "percent": 100 * 76_900 / 85_875_556}  # fmt: skip
 
 
 def test_counts_of_a_backbone_that_trains() -> None:
@@ -363,7 +365,9 @@ def test_prompt_passes_every_option_on() -> None:
     model = prompt(micro(), 3, 4, 2, **options)
     assert model.spec.dict() == {
         "num_classes": 3, "num_visual_prompts": 4, "num_kv_prompts": 2,
-        "backbone_trains": "none", "num_segments": 1, "num_kept_segments": 1,
+        "backbone_trains": "none", "partial_blocks": 1, "adapter": "none", "adapter_dim": 8,
+        "adapter_scale": 1.0, "zeroed": False, "folded": False,
+        "num_segments": 1, "num_kept_segments": 1,
         "interleaved_segments": False, "per_layer_segments": False, **options,
     }  # fmt: skip
     assert model.spec == PromptSpec(**model.spec.dict())
@@ -405,7 +409,10 @@ def test_init_ranges_follow_the_backbones_patch_size() -> None:
         ({"num_classes": 0}, r"^num_classes: got 0, expected 1 or more; "),
         ({"num_visual_prompts": -1}, r"^num_visual_prompts: got -1, expected 0 or more; "),
         ({"num_kv_prompts": -2}, r"^num_kv_prompts: got -2, expected 0 or more; "),
-        ({"backbone_trains": "some"}, r"^backbone_trains: got some, expected none, bias or full; "),
+        (
+            {"backbone_trains": "some"},
+            r"^backbone_trains: got some, expected none, bias, partial or full; ",
+        ),
         ({"kv_init": "he"}, r"^kv_init: got 'he', expected kaiming, trunc-normal or patch; "),
         (
             {"pool_prompts": True},

@@ -190,7 +190,7 @@ def test_parameter_counts_of_swin_base() -> None:
         }
     report = parameter_report(models[5, 5])
     assert report == {
-        "visual": 60_160, "kv": 60_160, "head": 102_500, "adapters": 0, "backbone": 0,
+        "visual": 60_160, "kv": 60_160, "adapters": 0, "head": 102_500, "backbone": 0,
         "tuned": 222_820, "total": 86_966_044, "percent": pytest.approx(0.2562, abs=5e-5),
     }  # fmt: skip
     assert sum(p.numel() for p in models[5, 5].backbone.parameters()) == 86_743_224
@@ -370,7 +370,9 @@ def test_what_is_not_known_is_refused(backbone: Callable[[], Any], message: str)
 
 
 def test_other_families_are_refused() -> None:
-    with pytest.raises(InputError, match=r"a timm VisionTransformer or .*SwinTransformerV2"):
+    with pytest.raises(
+        InputError, match=r"expected a timm VisionTransformer or .*SwinTransformerV2;"
+    ):
         family_of(timm.create_model("test_resnet"))
 
 

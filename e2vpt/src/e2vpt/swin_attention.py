@@ -28,7 +28,8 @@ MAX_LOG_SCALE = math.log(100)  # timm's bound on the learned scale of cosine att
 
 def head_dim(attn: Any) -> int:
     """d_h, which timm's window attention does not keep."""
-    return int(attn.qkv.out_features) // (3 * int(attn.num_heads))
+    # Not from `qkv`, in whose place an adapter may stand.
+    return int(attn.proj.in_features) // int(attn.num_heads)
 
 
 def per_window(rows: Tensor, batch: int, num_windows: int) -> Tensor:
