@@ -145,7 +145,7 @@ def test_attention_equals_the_naive_one(kind: str, separate: bool) -> None:
     for fused in (True, False):
         attn.fused_attn = fused
         for num_out in (1, prefix + 9):
-            found = attention(attn, y, rows[None], (*kv, None), num_out, rope, carried=0)
+            found = attention(attn, y, rows[None], (*kv, None), num_out, rope, 0)
             assert (found - expected[:, :num_out]).abs().max() < 1e-12
     if rope is not None:
         unrotated = naive_attention(attn, y, rows, kv, None)
@@ -200,6 +200,36 @@ def test_bf16_autocast_is_finite_and_close() -> None:
         found = model.features(x)
     assert found.isfinite().all()
     assert (found.float() - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+@pytest.mark.parametrize("kind", ["half", "mixed", "grouped", "behind"])
+@torch.no_grad()
+def test_a_bank_equals_each_task_alone(kind: str) -> None:
+    vit, x = build(kind), images(3)
+    expected, models = [], {}
+    bank = e2vpt.PromptBank(vit)
+    for i, name in enumerate(("few", "many")):
+        models[name] = prompted(vit, num_visual_prompts=2 * i, num_kv_prompts=1 + i)
+        bank.add(name, models[name])
+    tasks = ["many", "few", "many"]
+    for i, name in enumerate(tasks):
+        expected.append(models[name](x[i : i + 1])[0])
+    for fused in (True, False):
+        for block in vit.blocks:
+            block.attn.fused_attn = fused
+        for found, alone in zip(bank(x, tasks), expected, strict=True):
+            assert (found - alone).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("token_form", [False, True])
+@torch.no_grad()
+def test_compiles_as_one_graph(token_form: bool) -> None:
+    torch._dynamo.reset()
+    model = with_token_form(prompted(build("mixed")), token_form)
+    expected = model(images())
+    compiled: Any = torch.compile(model, backend="eager", fullgraph=True)
+    assert (compiled(images()) - expected).abs().max() < 1e-12
+    torch._dynamo.reset()
 
 
 def test_unknown_parts_are_named() -> None:

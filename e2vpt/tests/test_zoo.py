@@ -1,8 +1,8 @@
 """Backbones that work and that do not: each is built, tried, and listed in docs/backbones.md.
 
-The sizes in the list come from the whole network on the meta device; what is claimed of it is tried
-on a tiny one of the same timm name. `E2VPT_WRITE_DOCS=1 pytest e2vpt/tests/test_zoo.py` writes the
-list anew.
+Their names are in backbones.txt. The sizes in the list come from the whole network on the meta
+device; what is claimed of it is tried on a tiny one of the same timm name.
+`E2VPT_WRITE_DOCS=1 pytest e2vpt/tests/test_zoo.py` writes the list anew.
 """
 
 import copy
@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,11 @@ from typing import Any
 import pytest
 import timm
 import torch
-from timm.models.vision_transformer import ResPostBlock
 from torch import Tensor, nn
 
 from e2vpt.families import family_of
+from e2vpt.fold import fold
 from e2vpt.model import PromptedModel, PromptSpec, parameter_report, remove, with_token_form
-from e2vpt.prompts import KeyValuePrompts
 from e2vpt.published import average_patches
 from shared_utils.errors import InputError
 
@@ -33,146 +32,34 @@ SLOW = pytest.mark.slow
 CLASSES, VISUAL, KV = 100, 10, 5  # of the counts in the list
 
 
-@dataclass(frozen=True)
+@dataclass
 class Row:
-    """A family of the list.
-
-    Attributes:
-        family: what people call it.
-        names: timm names that are tried.
-        notes: what a user should know.
-        img_size: of the tiny network where two by three patches do not tell.
-        options: more for the tiny network.
-    """
+    """A family of the list: what people call it, what to know of it, timm names that are tried."""
 
     family: str
-    names: tuple[str, ...]
-    notes: str = ""
-    img_size: tuple[int, int] | None = None
-    options: tuple[tuple[str, Any], ...] = ()
+    notes: str
+    names: list[str] = field(default_factory=list)
 
 
-ROWS = (
-    Row(
-        "ViT, supervised (AugReg, Google)",
-        (
-            "vit_small_patch16_224.augreg_in21k",
-            "vit_base_patch16_224.augreg_in21k",
-            "vit_base_patch16_224.orig_in21k",
-            "vit_large_patch16_224.augreg_in21k",
-        ),
-        "Google's `.npz` files too",
-    ),
-    Row(
-        "ViT of timm's recipes",
-        ("vit_betwixt_patch16_reg4_gap_256", "vit_medium_patch16_gap_256"),
-    ),
-    Row("DeiT", ("deit_small_patch16_224", "deit_base_patch16_224")),
-    Row("DeiT III", ("deit3_small_patch16_224", "deit3_base_patch16_224"), "layer scale"),
-    Row(
-        "MAE",
-        ("vit_base_patch16_224.mae", "vit_large_patch16_224.mae", "vit_huge_patch14_224.mae"),
-        "also `mae_pretrain_vit_*.pth`; mean of the patches, then a new norm",
-    ),
-    Row(
-        "MoCo v3",
-        ("vit_small_patch16_224", "vit_base_patch16_224"),
-        "`vit-?-300ep.pth.tar`, `linear-vit-?-300ep.pth.tar`; ViT-S gets its 12 heads",
-    ),
-    Row("DINO", ("vit_small_patch16_224.dino", "vit_base_patch8_224.dino")),
-    Row(
-        "DINOv2",
-        ("vit_small_patch14_dinov2", "vit_base_patch14_dinov2", "vit_base_patch14_reg4_dinov2"),
-        "with and without registers",
-    ),
-    Row(
-        "DINOv3",
-        (
-            "vit_small_patch16_dinov3",
-            "vit_base_patch16_dinov3",
-            "vit_large_patch16_dinov3_qkvb",
-            "vit_7b_patch16_dinov3",
-        ),
-        "rotary position",
-    ),
-    Row(
-        "CLIP",
-        (
-            "vit_base_patch16_clip_224.openai",
-            "vit_base_patch32_clip_quickgelu_224.openai",
-            "vit_large_patch14_clip_224.openai",
-        ),
-    ),
-    Row(
-        "SigLIP, SigLIP 2",
-        ("vit_base_patch16_siglip_224", "vit_so400m_patch14_siglip_224"),
-        "attention pooling",
-    ),
-    Row("SigLIP, averaged", ("vit_base_patch16_siglip_gap_224",)),
-    Row("EVA", ("eva_large_patch14_196", "eva_giant_patch14_224", "eva_giant_patch14_clip_224")),
-    Row(
-        "EVA-02",
-        ("eva02_tiny_patch14_224", "eva02_base_patch14_224", "eva02_base_patch16_clip_224"),
-        "rotary position, SwiGLU",
-    ),
-    Row("EVA-02-CLIP-E+", ("eva02_enormous_patch14_clip_224",), "norms behind attention and MLP"),
-    Row(
-        "ViT with RoPE",
-        ("vit_small_patch16_rope_224", "vit_base_patch16_rope_reg1_gap_256"),
-        "rotary position",
-    ),
-    Row(
-        "ViT with mixed RoPE",
-        ("vit_small_patch16_rope_mixed_224", "vit_small_patch16_rope_mixed_ape_224"),
-        "rotary position learned per layer",
-    ),
-    Row(
-        "Perception Encoder",
-        (
-            "vit_pe_core_base_patch16_224",
-            "vit_pe_lang_large_patch14_448",
-            "vit_pe_spatial_base_patch16_512",
-        ),
-        "rotary position",
-    ),
-    Row(
-        "Sapiens2",
-        ("vit_base_patch16_sapiens2",),
-        "fewer heads of keys and values, whose number key-value prompts have",
-        options=(("num_kv_heads", 2),),
-    ),
-    Row("LingBot-Vision", ("vit_base_patch16_lingbot",), "rotary position"),
-    Row("BEiT-3", ("beit3_base_patch16_224",), "norms inside attention and MLP"),
-    Row("AIMv2", ("aimv2_large_patch14_224",)),
-    Row("TIPSv2", ("vit_base_patch14_reg1_tipsv2",)),
-    Row("RADIO", ("vit_base_patch16_radio_v3",)),
-    Row("InternViT", ("vit_intern300m_patch14_448",)),
-    Row("FlexiViT", ("flexivit_small",)),
-    Row("ViT with norms behind", ("vit_base_patch16_rpn_224",), "timm's `ResPostBlock`"),
-    Row("ViT on a ResNet", ("vit_small_r26_s32_224",), img_size=(64, 96)),
-    Row("ViT-SO150M", ("vit_so150m_patch16_reg4_map_256",), "attention pooling, registers"),
-)  # fmt: skip
+def read_rows(part: str) -> list[Row]:
+    """One part of backbones.txt."""
+    rows: list[Row] = []
+    text = Path(__file__).with_name("backbones.txt").read_text()
+    for line in text.partition(f"[{part}]\n")[2].partition("\n\n")[0].splitlines():
+        if line.startswith(" "):
+            rows[-1].names.append(line.strip())
+        else:
+            family, _, notes = line.partition(": ")
+            rows.append(Row(family, notes))
+    return rows
 
-REFUSED = (
-    Row("BEiT, BEiT v2", ("beit_base_patch16_224", "beitv2_base_patch16_224")),
-    Row("DeiT, distilled", ("deit_base_distilled_patch16_224",)),
-    Row("ViT with parallel MLP", ("vit_base_patch16_xp_224",)),
-    Row("ViT with parallel pairs", ("vit_base_patch16_18x2_224",)),
-    Row(
-        "ViT with differential attention",
-        ("vit_dlittle_patch16_reg1_gap_256", "vit_dpwee_patch16_reg1_gap_256"),
-    ),
-    Row("ViT with relative position", ("vit_relpos_base_patch16_224",)),
-    Row("SAM", ("samvit_base_patch16",)),
-    Row("NaFlexViT", ("naflexvit_base_patch16_gap",)),
-    Row("Hiera", ("hiera_base_224",)),
-    Row("CaiT", ("cait_s24_224",)),
-    Row("XCiT", ("xcit_small_12_p16_224",)),
-    Row("MViTv2", ("mvitv2_base",)),
-    Row("ConvNeXt", ("convnext_tiny",)),
-    Row("ResNet", ("resnet50",)),
-)
 
+ROWS, REFUSED = read_rows("works"), read_rows("refused")
+# For tiny networks, where width, depth, heads and two by three patches do not do.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "vit_base_patch16_sapiens2": {"num_kv_heads": 2},
+    "vit_small_r26_s32_224": {"img_size": (64, 96)},
+}
 TRIED = {name: row for row in ROWS for name in row.names}
 # The first of a family in every run, its sisters in the slow ones.
 NAMES = [
@@ -198,15 +85,12 @@ def whole(name: str) -> Any:
 
 def tiny(name: str) -> Any:
     """Two by three patches, width 32, depth 2, float64, in which every weight matters."""
-    row = TRIED[name]
     found = re.search(r"patch(\d+)", name)
     side = int(found[1]) if found else 16
     torch.manual_seed(0)
-    backbone = create(
-        name,
-        img_size=row.img_size or (2 * side, 3 * side),
-        embed_dim=32, depth=2, num_heads=4, **{"num_classes": 5, **dict(row.options)},
-    ).double().eval()  # fmt: skip
+    sizes = {"img_size": (2 * side, 3 * side), "embed_dim": 32, "depth": 2, "num_heads": 4}
+    backbone = create(name, **{**sizes, "num_classes": 5, **OPTIONS.get(name, {})})
+    backbone = backbone.double().eval()
     with torch.no_grad():
         for key, parameter in backbone.named_parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.3)
@@ -328,16 +212,10 @@ def test_forms_agree_with_key_value_prompts(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
 def test_deep_visual_prompts_fold_into_key_value_rows(name: str) -> None:
-    backbone = tiny(name)
-    x, family = images_for(backbone), family_of(backbone)
-    model = prompted(backbone)
-    folded = KeyValuePrompts(model.geometry, 2, 3 + 2, share=False).double()
-    for i in range(2):
-        keys, values = family.folded_rows(backbone, i, model.visual.rows(i))
-        folded.key[i].copy_(torch.cat([keys, model.kv.key[i]], dim=1))
-        folded.value[i].copy_(torch.cat([values, model.kv.value[i]], dim=1))
-    tokens = family.prompted_features(backbone, x, None, folded)
-    assert largest_gap(backbone.forward_head(tokens, pre_logits=True), model.features(x)) < 1e-12
+    model = prompted(tiny(name))
+    x, folded = images_for(model.backbone), fold(model)
+    assert folded.visual is None
+    assert largest_gap(folded.features(x), model.features(x)) < 1e-12
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -406,11 +284,6 @@ def test_remove_gives_the_backbone_back(name: str) -> None:
     assert torch.equal(backbone(x), logits)
     assert backbone.state_dict().keys() == state.keys()
     assert all(torch.equal(value, state[key]) for key, value in backbone.state_dict().items())
-
-
-def test_norms_behind_are_behind() -> None:
-    """The row of `ResPostBlock` is no pre-norm block by accident."""
-    assert {type(block) for block in tiny("vit_base_patch16_rpn_224").blocks} == {ResPostBlock}
 
 
 # --- the list ------------------------------------------------------------------------------------

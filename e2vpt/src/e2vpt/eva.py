@@ -9,6 +9,7 @@ Shapes: B batch, N tokens (prefix and patches), P visual prompts, n key-value pr
 the queries, G heads of keys and values (H where they are not fewer), D width, d_h width of a head.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -88,17 +89,26 @@ def prompted_features(
     """
     x, rope = backbone._pos_embed(backbone.patch_embed(images))
     x = backbone.norm_pre(x)
-
-    def run(
-        i: int, x: Tensor, rows: Tensor | None, kv: Rows | None, num_out: int, carried: int
-    ) -> Tensor:
-        # Mixed rotary embeddings are learned, one for each layer.
-        angles = rope[i] if backbone.rope_mixed and rope is not None else rope
-        return run_block(backbone.blocks[i], x, rows, kv, num_out, angles, carried)
-
+    run = partial(_run, backbone, rope)
     return run_blocks(
         backbone, x, visual, kv, run, token_form=token_form, pool_prompts=pool_prompts
     )
+
+
+def _run(
+    backbone: Any,
+    rope: Tensor | None,
+    i: int,
+    x: Tensor,
+    rows: Tensor | None,
+    kv: Rows | None,
+    num_out: int,
+    carried: int,
+) -> Tensor:
+    """The `BlockRunner` of `Eva`."""
+    if rope is not None and backbone.rope_mixed:  # learned, one for each layer
+        rope = rope[i]
+    return run_block(backbone.blocks[i], x, rows, kv, num_out, rope, carried)
 
 
 def folded_rows(backbone: Any, layer: int, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,7 +142,8 @@ def run_block(
         block: timm `EvaBlock`, or `EvaBlockPostNorm`, whose norms come behind attention and MLP.
         x: (B, N, D).
         rows: (1 or B, P, D) visual prompts of this layer, used for keys and values only.
-        kv: key-value prompts, each (G, n, d_h).
+        kv: key-value prompts, each (G, n, d_h) or (B, G, n, d_h), and bool (B, n), False for those
+            that an image does not have, or None.
         num_out: compute the first `num_out` tokens only; the others serve as keys and values.
         rope: sines and cosines of the patches, (patches, 2 d_h) or with H, or B and H, before.
         carried: prompts in `x`, behind the prefix tokens.
@@ -171,7 +182,8 @@ def attention(
         attn: timm `EvaAttention` or `AttentionRope`.
         y: (B, N, D) after the norm.
         rows: (1 or B, P, D) visual prompts after the norm.
-        kv: key-value prompts, each (G, n, d_h).
+        kv: key-value prompts, each (G, n, d_h) or (B, G, n, d_h), and bool (B, n), False for those
+            that an image does not have, or None.
         num_out: number of query tokens.
         rope: as in `run_block`.
         carried: as in `run_block`.

@@ -78,7 +78,7 @@ def set_moco_v3_heads(module: Any) -> None:
 def average_patches(module: VisionTransformer) -> None:
     """Pool the mean of the patch tokens, then a new norm, instead of the class token; in place.
 
-    MAE never trained its class token to describe an image. The final norm of its pretraining is
+    MAE's pretraining has no loss on its class token. The final norm of its pretraining is
     taken away, and the new one (`fc_norm`) starts with weight 1 and bias 0. On a frozen backbone
     it stays so, as in the paper's code. Differs from it: prompts are not averaged, see
     `pool_prompts`.

@@ -11,6 +11,7 @@ H heads, D width, d_h = D / H.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -91,15 +92,17 @@ def prompted_features(
         (B, N + P, D) with `pool_prompts`.
     """
     x = backbone.norm_pre(backbone.patch_drop(backbone._pos_embed(backbone.patch_embed(images))))
-
-    def run(
-        i: int, x: Tensor, rows: Tensor | None, kv: Rows | None, num_out: int, _: int
-    ) -> Tensor:
-        return run_block(backbone.blocks[i], x, rows, kv, num_out)
-
+    run = partial(_run, backbone)
     return run_blocks(
         backbone, x, visual, kv, run, token_form=token_form, pool_prompts=pool_prompts
     )
+
+
+def _run(
+    backbone: Any, i: int, x: Tensor, rows: Tensor | None, kv: Rows | None, num_out: int, _: int
+) -> Tensor:
+    """The `BlockRunner` of a plain ViT."""
+    return run_block(backbone.blocks[i], x, rows, kv, num_out)
 
 
 def run_blocks(
