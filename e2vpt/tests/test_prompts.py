@@ -23,7 +23,7 @@ def key_value(
     """Rows for layers of one geometry."""
     layer = LayerGeometry(heads * head_dim, heads, head_dim)
     geometry = Geometry((layer,) * num_layers, patch_size, 1)
-    return KeyValuePrompts(geometry, num_layers, count, **options)
+    return KeyValuePrompts(geometry, [count] * num_layers, **options)
 
 
 def stacked(tensors: nn.ParameterList | None) -> Tensor:
