@@ -427,7 +427,8 @@ def test_what_shares_the_backbone_refuses_adapters(tmp_path: Path, kind: str) ->
     model = saved(tmp_path, kind)
     with torch.no_grad():
         expected = model(IMAGES)
-        with pytest.raises(InputError, match=TAKEN):
+        match = rf"^model: got adapters \({kind}\), expected prompts alone: folding would not be ex"
+        with pytest.raises(InputError, match=match):
             e2vpt.fold(model)
         assert torch.equal(model(IMAGES), expected)
     bank = e2vpt.PromptBank(micro())
@@ -520,7 +521,11 @@ def test_tensors_that_do_not_fit_leave_the_backbone_free(tmp_path: Path) -> None
 def test_onnx_agrees(tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     saved(tmp_path, case)
     monkeypatch.setattr("e2vpt.export.model_io.load", lambda folder: model_io_load(folder, micro()))
-    assert export_onnx(tmp_path, tmp_path / "model.onnx") < 1e-5
+    done = export_onnx(tmp_path, tmp_path / "model.onnx")
+    assert done.difference < 1e-5
+    what = rf"adapters \({case}\), .* prompts alone" if case in KINDS else rf".* \({case}\), .*"
+    assert not done.is_folded
+    assert re.match(rf"not folded: model: got {what}: folding would not be exact; use", done.form)
 
 
 model_io_load = model_io.load

@@ -277,7 +277,7 @@ def test_onnx(
                 parameter.normal_()
     e2vpt.save(model, tmp_path)
     monkeypatch.setattr(model_io, "load", lambda folder: model)
-    export_onnx(tmp_path, tmp_path / "model.onnx")
+    assert export_onnx(tmp_path, tmp_path / "model.onnx").is_folded == deep
     session = onnxruntime.InferenceSession(
         str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"]
     )

@@ -18,7 +18,7 @@ import e2vpt
 from e2vpt import model_io, swin
 from e2vpt.backbones import fingerprint
 from e2vpt.cli import main
-from e2vpt.export import export_onnx
+from e2vpt.export import Fold, export_onnx
 from e2vpt.families import family_of
 from e2vpt.model import PromptedModel, PromptSpec, parameter_report, remove
 from shared_utils.errors import InputError
@@ -291,21 +291,25 @@ def test_save_and_load(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "deep"),
+    ("kind", "deep", "fold"),
     [
-        ("v1", True),
-        pytest.param("v1", False, marks=pytest.mark.slow),
-        pytest.param("v2", True, marks=pytest.mark.slow),
-        pytest.param("v2", False, marks=pytest.mark.slow),
+        ("v1", True, "yes"),
+        pytest.param("v1", True, "no", marks=pytest.mark.slow),
+        pytest.param("v1", False, "no", marks=pytest.mark.slow),
+        pytest.param("v2", True, "yes", marks=pytest.mark.slow),
+        pytest.param("v2", True, "no", marks=pytest.mark.slow),
+        pytest.param("v2", False, "no", marks=pytest.mark.slow),
     ],
 )
-def test_onnx(kind: str, deep: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_onnx(
+    kind: str, deep: bool, fold: Fold, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Maps of 10 and 5 patches: windows are padded, shifted in the second block, and merged."""
     backbone = build(kind, img_size=20, depths=(2, 1)).float()
     model = prompted(backbone, deep=deep)
     e2vpt.save(model, tmp_path)
     monkeypatch.setattr(model_io, "load", lambda folder: model)
-    export_onnx(tmp_path, tmp_path / "model.onnx")
+    assert export_onnx(tmp_path, tmp_path / "model.onnx", fold=fold).is_folded == (fold == "yes")
     session = onnxruntime.InferenceSession(
         str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"]
     )

@@ -60,6 +60,8 @@ class ExportConfig:
     """run folder of `e2vpt train`, or one that e2vpt.save wrote"""
     output: Path | None = None
     """the file (default: model.onnx in the run folder)"""
+    fold: Literal["auto", "yes", "no"] = "auto"
+    """turn visual prompts into key and value rows: wherever that is exact, always, or never"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,8 +221,11 @@ def _export(argv: Sequence[str]) -> None:
     output = cfg.output or cfg.run / "model.onnx"
     if output.is_dir():
         raise InputError("output", f"the folder '{output}'", "a file", f"try {output}/model.onnx")
-    difference = export_onnx(cfg.run, output)
-    print(f"{output}: onnxruntime agrees with PyTorch to {difference:.1e} of the largest logit")
+    done = export_onnx(cfg.run, output, fold=cfg.fold)
+    print(
+        f"{output}: onnxruntime agrees with PyTorch to {done.difference:.1e} of the largest logit"
+    )
+    print(done.form)
 
 
 def _info(argv: Sequence[str]) -> None:

@@ -24,12 +24,15 @@ def fold(model: PromptedModel) -> PromptedModel:
         only, for use rather than further training: P + n rows per layer.
 
     Raises: InputError where it would not be exact: shallow prompts, whose outputs go on to the
-        next layer; prompts that are pooled; a backbone that trains, whose weights the rows hold.
+        next layer; prompts that are pooled; a backbone that trains, whose weights the rows hold;
+        adapters, which are not prompts.
     """
     spec, visual = model.spec, model.visual
     last = model.geometry.num_layers - 1
     if spec.backbone_trains != "none":
         raise _refused(f"a backbone that trains ({spec.backbone_trains})", "a frozen one")
+    if spec.adapter != "none":
+        raise _refused(f"adapters ({spec.adapter})", "prompts alone")
     if visual is not None and not spec.deep and last > 0:
         raise _refused("shallow prompts, which run through all layers", "deep ones")
     if visual is not None and spec.pool_prompts:
