@@ -1,19 +1,15 @@
-"""Time and memory of prompt tuning on ViT-B/16 at 224: ratios, both sides in one process.
+"""Time and memory of prompt tuning: ratios, both sides in one process.
 
-Sides run in turn (A B A B ...) after a warm-up, and medians are compared, so that a slow moment of
-the machine falls on both. A missed target is shown, never a failure.
+Here: training and inference on ViT-B/16 at 224; many tasks at once are in `bench_bank`. A missed
+target is shown, never a failure.
 """
 
 import json
-import platform
 import resource
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,10 +19,11 @@ from rich.console import Console
 from rich.table import Table
 from torch.nn import functional as F
 
+from e2vpt import bench_bank
+from e2vpt.measure import Precision, Row, machine, race
 from e2vpt.model import PromptedModel, PromptSpec
 
 BACKBONE, IMG_SIZE, NUM_CLASSES = "vit_base_patch16_224", 224, 100
-Precision = Literal["fp32", "bf16"]
 Side = Literal[
     "full", "e2vpt", "token form", "dropout 0.1", "plain", "P50", "P50 token form", "P100"
 ]
@@ -49,26 +46,16 @@ SPECS: dict[Side, PromptSpec] = {
 
 @dataclass(frozen=True, kw_only=True)
 class BenchConfig:
-    """Time and memory against full fine-tuning, the token form and the plain backbone."""
+    """Time and memory against full fine-tuning and the plain backbone; many tasks at once."""
 
+    suite: Literal["all", "train", "bank"] = "all"
+    """training and inference of one task, many tasks on one backbone, or both"""
     output: Path = Path("bench/e2vpt.json")
     """the JSON file to write"""
     batch_size: int = 16
-    """images per step"""
+    """images per step of suite train"""
     repeats: int = 7
     """timed rounds after the warm-up, at least 5"""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table."""
-
-    name: str
-    value: float
-    unit: str
-    target: float | None
-    direction: Literal["lower", "higher"]
-    detail: str
 
 
 def build(side: Side, device: torch.device) -> PromptedModel:
@@ -111,25 +98,6 @@ def inference(
     return step
 
 
-def race(
-    sides: Mapping[Any, Callable[[], None]], repeats: int, device: torch.device
-) -> dict[Any, float]:
-    """Median seconds of each side, run in turn after two warm-up rounds."""
-
-    def timed(step: Callable[[], None]) -> float:
-        begun = time.perf_counter()
-        step()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - begun
-
-    for _ in range(2):
-        for step in sides.values():
-            timed(step)
-    rounds = [{name: timed(step) for name, step in sides.items()} for _ in range(repeats)]
-    return {name: statistics.median(r[name] for r in rounds) for name in sides}
-
-
 def peak_memory(side: Side, batch_size: int, precision: Precision, device: torch.device) -> int:
     """Peak bytes of three train steps, model and optimiser included, imports excluded.
 
@@ -161,8 +129,8 @@ def _print_peak_memory(side: Side, batch_size: int, precision: Precision) -> Non
     sys.stdout.write(str((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024))
 
 
-def rows_of(cfg: BenchConfig, precision: Precision, device: torch.device) -> list[Row]:
-    """All rows of one precision."""
+def train_rows(cfg: BenchConfig, precision: Precision, device: torch.device) -> list[Row]:
+    """All rows of suite train in one precision."""
     what = f"ViT-B/16, {IMG_SIZE} px, batch {cfg.batch_size}, {precision}"
     sides: tuple[Side, ...] = ("full", "e2vpt", "token form", "dropout 0.1")
     train = race(
@@ -213,7 +181,13 @@ def rows_of(cfg: BenchConfig, precision: Precision, device: torch.device) -> lis
 def bench(cfg: BenchConfig) -> None:
     """Measure, print the table, write the JSON."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rows = [row for precision in ("fp32", "bf16") for row in rows_of(cfg, precision, device)]
+    precisions: tuple[Precision, ...] = ("fp32", "bf16")
+    rows: list[Row] = []
+    if cfg.suite != "bank":
+        rows += [row for precision in precisions for row in train_rows(cfg, precision, device)]
+    if cfg.suite != "train":
+        for precision in precisions:
+            rows += bench_bank.bank_rows(cfg.repeats, precision, device)
     skipped = (
         []
         if device.type == "cuda"
@@ -224,36 +198,10 @@ def bench(cfg: BenchConfig) -> None:
     cfg.output.write_text(json.dumps(report, indent=2) + "\n")
     table = Table("benchmark", "value", "target", "", "detail", title=f"E²VPT, {report['machine']}")
     for r in rows:
-        verdict = "" if r.target is None else "met" if r.value <= r.target else "MISSED"
-        table.add_row(
-            r.name,
-            f"{r.value:.3f}",
-            "" if r.target is None else f"<= {r.target}",
-            verdict,
-            r.detail,
-        )
+        sign = "<=" if r.direction == "lower" else ">="
+        told = "" if r.target is None else f"{sign} {r.target}"
+        table.add_row(r.name, f"{r.value:.3f}", told, r.verdict, r.detail)
     Console(width=None if sys.stdout.isatty() else 170).print(table)
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """What the figures were taken on."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
-    return {
-        "device": name,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "date": date.today().isoformat(),
-    }
-
-
-def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":  # a side of `peak_memory`
