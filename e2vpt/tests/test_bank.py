@@ -24,6 +24,8 @@ FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
                         "depth": 3, "num_heads": 2, "global_pool": "avg", "qk_norm": True}),
     "eva": (Eva, {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 3, "num_heads": 2,
                   "use_rot_pos_emb": True, "ref_feat_shape": (2, 2)}),
+    "eva_qk_norm": (Eva, {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 3,
+                    "num_heads": 2, "qk_norm": True, "qkv_fused": False, "global_pool": "avg"}),
     "swin": (SwinTransformer, {"img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 16,
                                "depths": (2, 2), "num_heads": (2, 4)}),
     "swin_v2": (SwinTransformerV2, {"img_size": 32, "patch_size": 2, "window_size": 4,
@@ -63,8 +65,12 @@ def images_for(backbone: Any, count: int) -> Tensor:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
-    "spec", [{}, {"share_kv": False}, {"num_kv_prompts": 0}, {"kv_deep": False}, {"prompt_dim": 6}]
-)
+    "spec",
+    [
+        {}, {"share_kv": False}, {"num_kv_prompts": 0}, {"kv_deep": False}, {"prompt_dim": 6},
+        {"prompt_dim": 6, "share_kv": False, "kv_deep": False}, {"token_form": True},
+    ],
+)  # fmt: skip
 @torch.no_grad()
 def test_folded_equals_unfolded(family: str, spec: dict[str, Any], tmp_path: Path) -> None:
     backbone = build(family)
@@ -81,10 +87,42 @@ def test_folded_equals_unfolded(family: str, spec: dict[str, Any], tmp_path: Pat
     without = task(backbone, 1, **{**spec, "num_visual_prompts": 0})
     without.head.load_state_dict(model.head.state_dict())
     assert (without(x) - expected).abs().max() > 1e-3  # the prompts matter
-    single = e2vpt.fold(copy.deepcopy(model).float())
-    assert (single(x.float()) - expected).abs().max() < 1e-4 * expected.abs().max()
+    single = copy.deepcopy(model).float()
+    found = e2vpt.fold(single)(x.float())
+    assert found.dtype == torch.float32
+    assert (found - single(x.float())).abs().max() < 1e-5 * expected.abs().max()
     e2vpt.save(fast, tmp_path)
     assert torch.equal(e2vpt.load(tmp_path, build(family))(x), fast(x))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"interleaved": True}, {"per_layer": True}, {"interleaved": True, "per_layer": True}],
+)
+@torch.no_grad()
+def test_pruned_segments_fold(family: str, how: dict[str, bool]) -> None:
+    backbone = build(family)
+    model, x = task(backbone, 1, share_kv=False), images_for(backbone, 3)
+    scores = e2vpt.importance(model, [(x, torch.tensor([0, 1, 2]))], 4, **how)
+    for compat in (False, True):
+        small = e2vpt.prune(model, scores, 1, 3, compat=compat)
+        expected, fast = small(x), e2vpt.fold(small)
+        assert (expected - model(x)).abs().max() > 1e-3  # what went mattered
+        assert (fast(x) - expected).abs().max() < 1e-10
+        assert fast.kv is not None
+        left = 3 if compat else 2  # what is set to zero still attends
+        assert {key.shape[1] for key in fast.kv.key} == {left + 2}
+        single = copy.deepcopy(small).float()
+        error = (e2vpt.fold(single)(x.float()) - single(x.float())).abs().max()
+        assert error < 1e-5 * expected.abs().max()
+
+
+@torch.no_grad()
+def test_folding_twice_is_folding_once() -> None:
+    model, x = task(build("vit"), 1, kv_deep=False), images_for(build("vit"), 3)
+    once = e2vpt.fold(model)
+    assert torch.equal(e2vpt.fold(once)(x), once(x))
 
 
 @torch.no_grad()
@@ -136,6 +174,48 @@ def test_mixed_batch_equals_each_task_alone(family: str) -> None:
             alone = models[name](x[i : i + 1])[0]
             assert found[i].shape == alone.shape
             assert (found[i] - alone).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@torch.no_grad()
+def test_mixed_batch_under_autocast(family: str, dtype: torch.dtype) -> None:
+    """Float32 becomes bf16, for the rows as for all else; float64 stays."""
+    backbone = build(family).to(dtype)
+    models = [task(backbone, 1), task(backbone, 2, num_visual_prompts=6)]
+    bank = e2vpt.PromptBank(backbone)
+    for i, model in enumerate(models):
+        bank.add(f"{i}", model)
+    x = images_for(backbone, 2).to(dtype)
+    exact = [model(x[i : i + 1])[0] for i, model in enumerate(models)]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = bank(x, ["0", "1"])
+        alone = [e2vpt.fold(model)(x[i : i + 1])[0] for i, model in enumerate(models)]
+    for mixed, single, expected in zip(found, alone, exact, strict=True):
+        assert mixed.dtype == single.dtype
+        largest = expected.abs().max()
+        assert (mixed - single).abs().max() <= (2e-2 if dtype == torch.float32 else 1e-9) * largest
+        assert (mixed - expected).abs().max() < 0.1 * largest
+
+
+@pytest.mark.parametrize("most", [1, 9, 12])
+@torch.no_grad()
+def test_heads_are_applied_in_groups(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    """Heads of 3, 7 and 2 classes: alone, two together, all together."""
+    monkeypatch.setattr("e2vpt.bank.MOST_CLASSES", most)
+    test_mixed_batch_equals_each_task_alone("vit")
+
+
+@torch.no_grad()
+def test_a_task_holds_its_own_memory_and_no_more() -> None:
+    bank = e2vpt.PromptBank(build("swin"))
+    bank.add("pets", task(bank.host.backbone, 1))
+    bank.add("cars", task(bank.host.backbone, 2))
+    kept = bank._tasks["pets"]
+    stored = {t.untyped_storage().data_ptr(): t for t in (*kept.rows, kept.weight, kept.bias)}
+    held = sum(t.untyped_storage().nbytes() for t in stored.values())
+    # Keys and values of 3 + 2 prompts in layers of width 16, 16, 32 and 32, and the head.
+    assert held == bank.memory_bytes("pets") == 8 * (2 * 5 * 96 + 3 * 32 + 3)
 
 
 @torch.no_grad()

@@ -8,7 +8,6 @@ Shapes: B batch, L layers, n rows of a task in one layer, H heads, d_h width of 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +21,16 @@ from e2vpt.fold import fold
 from e2vpt.model import PromptedModel, PromptSpec, remove
 from shared_utils.errors import InputError, near_miss
 
+MOST_CLASSES = 4096  # of heads in one product, so that what is thrown away costs little
+
 
 @dataclass(frozen=True)
 class _Task:
     """What one task keeps in memory.
 
     Attributes:
-        rows: per run of layers of one shape (layers, 2, H, n, d_h): keys and values.
+        rows: per layer (2, n, H, d_h): keys and values, in the order in which attention joins them
+            to those of the tokens.
         weight: (C, D) of the head.
         bias: (C,).
         class_names: of the head's outputs, or None where they were not saved.
@@ -42,18 +44,61 @@ class _Task:
     @property
     def num_rows(self) -> int:
         """n; 0 for a linear probe."""
-        return self.rows[0].shape[3] if self.rows else 0
+        return self.rows[0].shape[1] if self.rows else 0
+
+    @property
+    def num_classes(self) -> int:
+        """C."""
+        return len(self.weight)
 
 
 class _BatchRows:
-    """Stands in for `KeyValuePrompts`: the rows of every image's own task."""
+    """Stands in for `KeyValuePrompts`: the rows of every image's own task.
 
-    def __init__(self, layers: list[tuple[Tensor, Tensor]], mask: Tensor | None) -> None:
-        self.layers, self.mask = layers, mask
-        self.num_layers = len(layers)
+    They are gathered layer by layer, while attention asks for them: those of all layers would take
+    B L n D numbers twice, more than the activations, and would have left the cache by then.
+
+    Attributes:
+        num_layers: L.
+        mask: bool (B, n), False for rows that an image does not have; None where all have all.
+    """
+
+    def __init__(self, own: Sequence[_Task], device: torch.device) -> None:
+        """Plan a batch from the task of each image; at least one has rows."""
+        self.tasks = list({id(task): task for task in own if task.rows}.values())
+        self.num_layers = len(self.tasks[0].rows)
+        self.mask: Tensor | None = None
+        self.index: Tensor | None = None  # (B n), into the rows of all tasks behind one of zeros
+        self.batch = len(own)
+        self.zero = self.tasks[0].rows[0].new_zeros(())
+        # Rows that take autocast's type before they are handed out to the images cost half.
+        self.dtype, kind = self.zero.dtype, device.type
+        if self.dtype == torch.float32 and torch.is_autocast_enabled(kind):
+            self.dtype = torch.get_autocast_dtype(kind)
+        if all(task is own[0] for task in own):
+            return
+        starts, end = {}, 1
+        for task in self.tasks:
+            starts[id(task)], end = end, end + task.num_rows
+        start = torch.tensor([starts.get(id(task), 0) for task in own])[:, None]
+        count = torch.tensor([task.num_rows for task in own])[:, None]
+        place = torch.arange(int(count.max()))
+        is_own = place < count
+        # What a task lacks is the row of zeros: a finite number that the mask then drops.
+        self.index = torch.where(is_own, start + place, 0).flatten().to(device)
+        self.mask = None if bool(is_own.all()) else is_own.to(device)
 
     def __call__(self, layer: int) -> tuple[Tensor, Tensor]:
-        return self.layers[layer]
+        """Keys and values of one layer, each (B, H, n, d_h), or (1, H, n, d_h) for all images."""
+        parts = [task.rows[layer] for task in self.tasks]
+        if self.index is None:
+            rows = parts[0][:, None]
+        else:
+            zeros = self.zero.expand(2, 1, *parts[0].shape[2:])
+            together = torch.cat([zeros, *parts], dim=1).to(self.dtype)
+            rows = together.index_select(1, self.index).unflatten(1, (self.batch, -1))
+        keys, values = rows.transpose(2, 3)
+        return keys, values
 
 
 class PromptBank(nn.Module):
@@ -73,8 +118,6 @@ class PromptBank(nn.Module):
         self.host = PromptedModel(backbone, plain).eval()
         self._sha256 = fingerprint(backbone)
         self._tasks: dict[str, _Task] = {}
-        # Layers of one geometry have rows of one shape and are handled together.
-        self._runs = [len(list(run)) for _, run in groupby(self.host.geometry.layers)]
 
     @property
     def tasks(self) -> list[str]:
@@ -111,7 +154,7 @@ class PromptBank(nn.Module):
             names = model_io.read_card(Path(source))["class_names"]
             model = model_io.load(source, self.host.backbone, sha256=self._sha256)
         folded = fold(model)
-        rows = []
+        rows: list[Tensor] = []
         if folded.kv is not None:
             if folded.kv.num_layers < self.host.geometry.num_layers or (
                 len({key.shape[1] for key in folded.kv.key}) > 1
@@ -122,8 +165,8 @@ class PromptBank(nn.Module):
                     "the same in every layer",
                     "train with kv_deep",
                 )
-            pairs = [torch.stack(folded.kv(i)) for i in range(folded.kv.num_layers)]
-            rows = [torch.stack(part) for part in _split(pairs, self._runs)]
+            layers = range(folded.kv.num_layers)
+            rows = [torch.stack(folded.kv(i)).transpose(1, 2).contiguous() for i in layers]
         head = folded.head
         self._tasks[name] = _Task(
             tuple(rows), head.weight.detach().clone(), head.bias.detach().clone(), names
@@ -161,41 +204,9 @@ class PromptBank(nn.Module):
         """
         if len(tasks) != len(images):
             raise InputError("tasks", f"{len(tasks)} names", f"{len(images)}", "name one per image")
-        used = {name: self._task(name) for name in dict.fromkeys(tasks)}
-        features = self.host.features_with(images, None, self._rows(tasks, used, images.device))
-        logits: dict[int, Tensor] = {}
-        for name, task in used.items():
-            chosen = [i for i, own in enumerate(tasks) if own == name]
-            scores = F.linear(features[chosen], task.weight, task.bias)
-            logits.update(zip(chosen, scores, strict=True))
-        return [logits[i] for i in range(len(tasks))]
-
-    def _rows(
-        self, tasks: Sequence[str], used: dict[str, _Task], device: torch.device
-    ) -> _BatchRows | None:
-        """Each image's rows, (B, H, n, d_h) for keys and values of every layer, n the most."""
-        counts = {name: task.num_rows for name, task in used.items()}
-        most = max(counts.values(), default=0)
-        if not most:
-            return None
-        # One concatenation and one gathering for all layers of a shape. The first row of all is
-        # zero and stands for those that a task lacks.
-        start, offset = {}, 1
-        for name in used:
-            start[name], offset = offset, offset + counts[name]
-        index = torch.zeros(len(tasks), most, dtype=torch.int64)
-        for i, name in enumerate(tasks):
-            index[i, : counts[name]] = torch.arange(start[name], start[name] + counts[name])
-        mask = (index > 0).to(device)
-        flat = index.flatten().to(device)
-        layers: list[tuple[Tensor, Tensor]] = []
-        for run in range(len(self._runs)):
-            parts = [task.rows[run] for task in used.values() if task.rows]
-            zero = parts[0].new_zeros(*parts[0].shape[:3], 1, parts[0].shape[4])
-            together = torch.cat([zero, *parts], dim=3).index_select(3, flat)
-            rows = together.unflatten(3, (len(tasks), most))  # (layers, 2, H, B, n, d_h)
-            layers += [(r[0].transpose(0, 1), r[1].transpose(0, 1)) for r in rows]
-        return _BatchRows(layers, None if bool(mask.all()) else mask)
+        own = [self._task(name) for name in tasks]
+        rows = _BatchRows(own, images.device) if any(task.rows for task in own) else None
+        return _logits(self.host.features_with(images, None, rows), own)
 
     def _task(self, name: str) -> _Task:
         if name not in self._tasks:
@@ -219,9 +230,35 @@ class PromptBank(nn.Module):
         return self
 
 
-def _split(items: list[Tensor], lengths: Sequence[int]) -> list[list[Tensor]]:
-    parts, start = [], 0
-    for length in lengths:
-        parts.append(items[start : start + length])
-        start += length
-    return parts
+def _logits(features: Tensor, own: Sequence[_Task]) -> list[Tensor]:
+    """Each image's features (B, D) through the head of its own task: B logits, each (C,).
+
+    One product serves many heads, because each alone is too small to be worth its start; what of it
+    belongs to other images' tasks is thrown away.
+    """
+    logits: dict[int, Tensor] = {}
+    for group in _groups(own):
+        start, starts = 0, {}
+        for task in group:
+            starts[id(task)], start = start, start + task.num_classes
+        weight = torch.cat([task.weight for task in group])
+        bias = torch.cat([task.bias for task in group])
+        chosen = [i for i, task in enumerate(own) if id(task) in starts]
+        some = features if len(chosen) == len(own) else features[chosen]
+        for i, scores in zip(chosen, F.linear(some, weight, bias), strict=True):
+            first = starts[id(own[i])]
+            logits[i] = scores[first : first + own[i].num_classes]
+    return [logits[i] for i in range(len(own))]
+
+
+def _groups(own: Sequence[_Task]) -> list[list[_Task]]:
+    """The tasks of a batch, so many together as have `MOST_CLASSES`, or a single one."""
+    groups: list[list[_Task]] = []
+    total = MOST_CLASSES
+    for task in {id(task): task for task in own}.values():
+        total += task.num_classes
+        if total > MOST_CLASSES:
+            groups.append([])
+            total = task.num_classes
+        groups[-1].append(task)
+    return groups
