@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from e2vpt import model_io, pictures, start
 from e2vpt.backbones import Backbone, load_backbone
-from e2vpt.config import TrainConfig
+from e2vpt.config import PruneConfig, TrainConfig
 from e2vpt.data import DataSplits, ImageSet, build_loader, load_data
 from e2vpt.devices import launch_fabric, run_facts
 from e2vpt.evaluate import Diverged, evaluate, predict_set
@@ -311,6 +311,8 @@ class _Training:
             raise InputError(
                 "optim.optimizer", self.cfg.optim.optimizer, f"{began_with}, as before", "leave it"
             )
+        pruning = state["config"].get("prune") or asdict(PruneConfig())  # runs of before had none
+        start.require_same_pruning(self.cfg.prune, pruning)
         load_tuned_state(self.network, state["model"], str(path))
         groups = self.optimizer.state_dict()["param_groups"]  # of the options given now
         self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
