@@ -25,6 +25,7 @@ from shared_utils.seeding import seed_all
 
 INITIAL = "initial.safetensors"  # in a run folder: prompts and head before the first step
 IMPORTANCE = "importance.json"
+REINIT = 2**31  # added to the seed for new values of prompts that were pruned
 
 
 def build_network(
@@ -170,7 +171,8 @@ def _rewound(model: PromptedModel, cfg: TrainConfig) -> PromptedModel:
     """The pruned model; under `reinit` with new random values, its kept segments the same."""
     if cfg.prune.rewind != "reinit":
         return model
-    seed_all(cfg.run.seed)
+    # Not the run's own seed: where the source has the same, that would draw its values again.
+    seed_all((cfg.run.seed + REINIT) % 2**32)
     fresh = PromptedModel(model.backbone, model.spec)
     if model.visual is not None and fresh.visual is not None and model.visual.segments is not None:
         fresh.visual.segments = model.visual.segments.clone()
