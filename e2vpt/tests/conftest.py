@@ -74,6 +74,16 @@ def digits_run(tmp_path_factory: pytest.TempPathFactory, quick: list[str]) -> Pa
     return runs / "e2vpt" / "done"
 
 
+@pytest.fixture(scope="session")
+def quick_search(quick: list[str]) -> list[str]:
+    """Options of `e2vpt search` for some twenty such runs."""
+    return [
+        *quick, "--search.lrs", "0.05", "0.02", "--search.weight-decays", "1e-4",
+        "--search.candidate-epochs", "1", "--search.num-segments", "4",
+        "--search.min-segments", "2", "--search.seeds", "3", "4",
+    ]  # fmt: skip
+
+
 @pytest.fixture
 def no_room(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A context in which the disk is full once `writes` files have been brought to it."""

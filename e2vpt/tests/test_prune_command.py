@@ -28,6 +28,13 @@ TUNED = HEAD + KV + 2 * 3 * 64 * 5 // 8
 CLOCKS = {"seconds", "images_per_second"}
 
 
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take longer than the training."""
+    for name in ("plot_curves", "pictures.confusion", "pictures.predictions"):
+        monkeypatch.setattr(f"e2vpt.train.{name}", lambda *args: None)
+
+
 @pytest.fixture(scope="module")
 def pruned(digits_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One of the four prompts and three of eight segments removed; not to be changed."""
@@ -86,6 +93,7 @@ def test_it_trains_as_the_run_did(pruned: Path, digits_run: Path) -> None:
     assert [row["epoch"] for row in read_metrics(pruned)] == [1, 2]
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_options_change_how_it_is_pruned_and_trained(
     digits_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -130,6 +138,7 @@ def test_it_is_exported(pruned: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert (tmp_path / "less.onnx").is_file()
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_it_is_pruned_again_from_its_own_start(
     pruned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -266,6 +275,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     monkeypatch.setattr(_Training, "_step", stepping)
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_resume_goes_on_with_the_runs_own_options(
     digits_run: Path,
     pruned: Path,

@@ -103,14 +103,15 @@ def _require_one_process(cfg: SearchConfig) -> None:
 def _require_same(cfg: SearchConfig, folder: Path) -> None:
     """Raise InputError where a search is resumed with other options than it began with.
 
-    The first stages ran with the old ones. The stored configuration stays as it is.
+    The first stages ran with the old ones. The stored configuration stays as it is. Where the
+    folder lies and what it is called does not matter.
     """
     before, now = (to_dict(c) for c in (load_json(SearchConfig, folder / "config.json"), cfg))
     for group, options in now.items():
         if not isinstance(options, dict):
             continue
         for name, value in options.items():
-            if value != before[group][name]:
+            if name not in ("name", "runs_dir") and value != before[group][name]:
                 raise InputError(
                     name if group == "run" else f"{group}.{name}",
                     value,

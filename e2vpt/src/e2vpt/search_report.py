@@ -108,7 +108,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The results, a line per method; accuracies in percent."""
     lines = []
     for row in rows:
-        removed = f"{row['pruned_tokens']} tokens" if row["pruned_tokens"] else ""
+        count = row["pruned_tokens"]
+        removed = f"{count} token{'s' * (count > 1)}" if count else ""
         if row["pruned_segments"]:
             removed += f" {row['pruned_segments']}/{row['of_segments']} segments"
         lines.append(

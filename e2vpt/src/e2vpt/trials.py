@@ -129,6 +129,7 @@ class Trials:
 
 def _compared(cfg: TrainConfig) -> dict[str, Any]:
     """What has to be the same for a trial to be the same run: not where the search lies."""
-    plain = to_dict(replace(cfg, about="", run=replace(cfg.run, resume="", overwrite=False)))
+    run = replace(cfg.run, resume="", overwrite=False, runs_dir=Path())
+    plain = to_dict(replace(cfg, about="", run=run))
     plain["prune"]["source"] = Path(cfg.prune.source).name
     return plain
