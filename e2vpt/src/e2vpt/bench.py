@@ -181,6 +181,7 @@ def rows_of(cfg: BenchConfig, precision: Precision, device: torch.device) -> lis
     infer = race(
         {s: inference(s, cfg.batch_size, precision, device) for s in sides}, cfg.repeats, device
     )
+
     def row(
         name: str,
         side: Side,
