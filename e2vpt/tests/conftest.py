@@ -11,6 +11,14 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 
+# Modules beside the tests that assert: pytest shows the values there only when told.
+pytest.register_assert_rewrite(
+    *(
+        f"e2vpt.tests.{name}"
+        for name in ("pretrain_runs", "prompted_models", "train_runs", "vit_families")
+    )
+)
+
 
 @pytest.fixture(scope="session")
 def papers_data() -> Path:

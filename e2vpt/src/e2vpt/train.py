@@ -15,7 +15,7 @@ from lightning.fabric import Fabric
 from torch import Tensor
 from torch.nn import functional as F
 
-from e2vpt import model_io, pictures, start
+from e2vpt import model_io, pictures, prompt_report, start
 from e2vpt.backbones import Backbone, load_backbone
 from e2vpt.config import PruneConfig, TrainConfig
 from e2vpt.data import DataSplits, ImageSet, build_loader, load_data
@@ -342,6 +342,7 @@ class _Training:
         shown = None if self.is_trial else splits.test or splits.val
         if not self.is_trial:
             plot_curves(self.folder, CURVES)
+            prompt_report.write(self.fabric, self.network, splits, cfg, self.folder)
         if shown is not None:
             logits, labels = predict_set(self.fabric, self.network, shown, cfg.data)
             pictures.confusion(logits, labels, splits.class_names, self.folder / "confusion.png")
