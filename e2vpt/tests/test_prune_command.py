@@ -31,7 +31,12 @@ CLOCKS = {"seconds", "images_per_second"}
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """They take longer than the training."""
-    for name in ("plot_curves", "pictures.confusion", "pictures.predictions"):
+    for name in (
+        "plot_curves",
+        "pictures.confusion",
+        "pictures.predictions",
+        "prompt_report.write",
+    ):
         monkeypatch.setattr(f"e2vpt.train.{name}", lambda *args: None)
 
 
