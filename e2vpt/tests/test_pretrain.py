@@ -182,6 +182,7 @@ def test_a_signal_waits_for_the_end_of_a_step(
     argv += ["--data.train", str(images / "train.npz"), "--data.val", str(images / "val.npz")]
     argv += ["--model.embed-dim", "64", "--model.depth", "2", "--data.batch-size", "16"]
     argv += ["--data.mix-prob", "0.5", "--optim.epochs", "2", "--optim.warmup-epochs", "0.5"]
+    argv += ["--optim.optimizer", "adamw", "--optim.lr", "1.5e-3", "--optim.schedule", "cosine"]
     argv += ["--accelerator", "cpu", "--precision", "32-true"]
     kept = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell starts background jobs
     try:
