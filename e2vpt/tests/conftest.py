@@ -11,6 +11,14 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 
+# Modules beside the tests that assert: pytest shows the values there only when told.
+pytest.register_assert_rewrite(
+    *(
+        f"e2vpt.tests.{name}"
+        for name in ("pretrain_runs", "prompted_models", "train_runs", "vit_families")
+    )
+)
+
 
 @pytest.fixture(scope="session")
 def papers_data() -> Path:
@@ -72,6 +80,16 @@ def digits_run(tmp_path_factory: pytest.TempPathFactory, quick: list[str]) -> Pa
     runs = tmp_path_factory.mktemp("runs")
     assert main(["train", "digits", "--runs-dir", str(runs), "--name", "done", *quick]) == 0
     return runs / "e2vpt" / "done"
+
+
+@pytest.fixture(scope="session")
+def quick_search(quick: list[str]) -> list[str]:
+    """Options of `e2vpt search` for some twenty such runs."""
+    return [
+        *quick, "--search.lrs", "0.05", "0.02", "--search.weight-decays", "1e-4",
+        "--search.candidate-epochs", "1", "--search.num-segments", "4",
+        "--search.min-segments", "2", "--search.seeds", "3", "4",
+    ]  # fmt: skip
 
 
 @pytest.fixture

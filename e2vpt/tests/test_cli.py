@@ -31,7 +31,7 @@ from shared_utils import checkpoint
 RUN_FILES = {
     "config.json", "metrics.jsonl", "last.ckpt", "last.ckpt.prev", "best.ckpt",
     "model.safetensors", "model.json", "result.json", "initial.safetensors",
-    "curves.png", "confusion.png", "predictions.png", "tensorboard",
+    "curves.png", "confusion.png", "predictions.png", "prompts.png", "prompts.json", "tensorboard",
 }  # fmt: skip
 ONE_LINE = re.compile(r"error: [^\n]+?: got [^\n]+?, expected [^\n]+; [^\n]+\n")
 

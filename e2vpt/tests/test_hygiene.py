@@ -16,7 +16,7 @@ import torch
 
 import e2vpt
 import shared_utils
-from e2vpt import bench, cli, config, data_check, pretrain_config
+from e2vpt import bench, cli, config, data_check, pretrain_config, search_config
 from e2vpt.backbones import load_backbone
 from e2vpt.methods import build_spec
 from e2vpt.micro_vit import build_micro_vit
@@ -81,6 +81,7 @@ def test_nothing_of_a_machine_or_an_index_in_the_package() -> None:
 
 CONFIGS = [
     config.TrainConfig,
+    search_config.SearchConfig,
     pretrain_config.PretrainConfig,
     bench.BenchConfig,
     cli.EvaluateConfig,

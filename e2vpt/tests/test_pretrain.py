@@ -1,100 +1,39 @@
-"""`e2vpt pretrain`: its run folder, its resume in the middle of an epoch, its data, its errors."""
+"""`e2vpt pretrain`: its run folder, its export, its resume in the middle of an epoch."""
 
-import io
 import json
 import os
-import re
 import signal
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from e2vpt import pretrain as module
 from e2vpt.backbones import load_backbone
 from e2vpt.cli import main
-from e2vpt.config import RunConfig
 from e2vpt.pretrain import pretrain
-from e2vpt.pretrain_config import PretrainConfig, PretrainData, PretrainModel, PretrainOptim
 from shared_utils import checkpoint
-from shared_utils.errors import InputError, Interrupted
-from shared_utils.run_log import read_metrics
+from shared_utils.errors import Interrupted
 
-CLASSES = ("ant", "bee", "cat", "dog")
-STEPS = 4  # per epoch: 64 images in batches of 16
-
-
-def write_packed(
-    path: Path, *, count: int = 64, side: int = 32, classes: tuple[str, ...] = CLASSES
-) -> Path:
-    """Images sorted by class, each class of a colour of its own; image i has its number in red."""
-    parts, labels = [], []
-    for i in range(count):
-        label = i * len(classes) // count
-        pixels = np.random.default_rng(i).integers(0, 120, (side, side, 3), dtype=np.uint8)
-        pixels[..., label % 3] += 100
-        pixels[0, 0] = (i, label, 0)
-        file = io.BytesIO()
-        Image.fromarray(pixels).save(file, "PNG")
-        parts.append(file.getvalue())
-        labels.append(label)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(
-        path,
-        jpeg=np.frombuffer(b"".join(parts), dtype=np.uint8),
-        offsets=np.cumsum([0, *map(len, parts)]),
-        label=np.array(labels),
-        classes=np.array(classes),
-    )
-    return path
+from .pretrain_runs import (
+    CLASSES,
+    STEPS,
+    again,
+    assert_same_run,
+    call_at,
+    config,
+    rows,
+    stop,
+    tensors,
+    write_set,
+)
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("set")
-    write_packed(folder / "train.npz")
-    write_packed(folder / "val.npz", count=20)
-    return folder
-
-
-def config(tmp_path: Path, images: Path, name: str = "run", **optim: Any) -> PretrainConfig:
-    return PretrainConfig(
-        model=PretrainModel(embed_dim=64, depth=2),
-        data=PretrainData(
-            train=images / "train.npz", val=images / "val.npz", batch_size=16, mix_prob=0.5
-        ),
-        optim=PretrainOptim(**{"epochs": 2, "warmup_epochs": 0.5, **optim}),
-        run=RunConfig(runs_dir=tmp_path, name=name, accelerator="cpu", precision="32-true"),
-    )
-
-
-def again(cfg: PretrainConfig, folder: Path, **optim: Any) -> Path:
-    return pretrain(
-        replace(cfg, optim=replace(cfg.optim, **optim), run=replace(cfg.run, resume=str(folder)))
-    )
-
-
-def rows(folder: Path) -> list[dict[str, Any]]:
-    clocks = {"seconds", "images_per_second"}
-    return [{k: v for k, v in r.items() if k not in clocks} for r in read_metrics(folder)]
-
-
-def tensors(folder: Path, part: str) -> dict[str, torch.Tensor]:
-    return checkpoint.load(folder / "last.ckpt")[part]  # type: ignore[no-any-return]
-
-
-def assert_same_run(one: Path, other: Path) -> None:
-    assert rows(one) == rows(other)
-    for part in ("model", "ema"):
-        a, b = tensors(one, part), tensors(other, part)
-        assert a.keys() == b.keys()
-        assert all(torch.equal(a[name], b[name]) for name in a)
-    assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+    return write_set(tmp_path_factory.mktemp("set"))
 
 
 @pytest.fixture(autouse=True)
@@ -107,25 +46,6 @@ def straight(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "LOG_EVERY", 1)
         return pretrain(config(tmp_path_factory.mktemp("straight"), images))
-
-
-def call_at(
-    monkeypatch: pytest.MonkeyPatch, name: str, number: int, act: Callable[[], None]
-) -> None:
-    """Do something before the call of `pretrain.<name>` with this number, counted from 0."""
-    real, calls = getattr(module, name), [0]
-
-    def counted(*args: Any, **options: Any) -> Any:
-        calls[0] += 1
-        if calls[0] == number + 1:
-            act()
-        return real(*args, **options)
-
-    monkeypatch.setattr(module, name, counted)
-
-
-def stop() -> None:
-    raise KeyboardInterrupt
 
 
 def test_run_folder(straight: Path, images: Path) -> None:
@@ -262,6 +182,7 @@ def test_a_signal_waits_for_the_end_of_a_step(
     argv += ["--data.train", str(images / "train.npz"), "--data.val", str(images / "val.npz")]
     argv += ["--model.embed-dim", "64", "--model.depth", "2", "--data.batch-size", "16"]
     argv += ["--data.mix-prob", "0.5", "--optim.epochs", "2", "--optim.warmup-epochs", "0.5"]
+    argv += ["--optim.optimizer", "adamw", "--optim.lr", "1.5e-3", "--optim.schedule", "cosine"]
     argv += ["--accelerator", "cpu", "--precision", "32-true"]
     kept = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell starts background jobs
     try:
@@ -314,145 +235,3 @@ def test_limit_spreads_over_the_classes(
     assert torch.equal(x[:, 1, 0, 0].long(), y)  # each with its own label
     data = json.loads((folder / "result.json").read_text())["data"]
     assert (data["train_images"], data["val_images"]) == (8, 8)
-
-
-# ---- errors ---------------------------------------------------------------------------------
-
-
-def test_a_loss_that_is_no_number(
-    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cfg = config(tmp_path, images)
-    folder = tmp_path / "e2vpt" / "run"
-    real = module.train_step
-
-    def ruined(*args: Any) -> float:
-        loss = real(*args)
-        return loss if len(rows(folder)) < 6 else float("nan")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "train_step", ruined)
-        match = (
-            rf"^loss_ce: got nan at step 5, expected .*; lower --optim\.lr .* --resume {folder}$"
-        )
-        with pytest.raises(InputError, match=match):
-            pretrain(cfg)
-    state = checkpoint.load(folder / "last.ckpt")
-    assert state["step"] == 4
-    assert all(bool(torch.isfinite(t).all()) for t in state["model"].values())
-    again(cfg, folder)
-
-
-def test_ruined_weights_are_not_saved(
-    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = module.evaluate
-    calls = []
-
-    def ruin(fabric: Any, model: Any, *args: Any) -> dict[str, float]:
-        scores = real(fabric, model, *args)
-        calls.append(1)
-        if len(calls) == 2:
-            run.network.head.weight.data[0, 0] = float("inf")
-        return scores
-
-    made = module._Pretraining.__init__
-
-    def keep(self: Any, *args: Any) -> None:
-        nonlocal run
-        made(self, *args)
-        run = self
-
-    run: Any = None
-    monkeypatch.setattr(module._Pretraining, "__init__", keep)
-    monkeypatch.setattr(module, "evaluate", ruin)
-    with pytest.raises(InputError, match=r"^head\.weight: got nan or inf after step 8, expected"):
-        pretrain(config(tmp_path, images))
-    assert checkpoint.load(tmp_path / "e2vpt" / "run" / "last.ckpt")["step"] == 4
-
-
-@pytest.mark.parametrize(
-    ("model", "message"),
-    [({"embed_dim": 128}, "size mismatch"), ({"depth": 3}, "Missing key")],
-)
-def test_resume_of_another_model_is_refused(
-    tmp_path: Path,
-    images: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    model: dict[str, int],
-    message: str,
-) -> None:
-    cfg = config(tmp_path, images)
-    folder = tmp_path / "e2vpt" / "run"
-    with monkeypatch.context() as patch:
-        call_at(patch, "train_step", 3, stop)
-        with pytest.raises(Interrupted):
-            pretrain(cfg)
-    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    with pytest.raises(InputError, match=r"^--resume: got a model that does not fit .*"):
-        again(replace(cfg, model=replace(cfg.model, **model)), folder)
-    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
-
-
-def other_classes(folder: Path) -> None:
-    write_packed(folder / "val.npz", count=20, classes=("ant", "bee", "cat", "emu"))
-
-
-def other_size(folder: Path) -> None:
-    write_packed(folder / "train.npz", side=28)
-
-
-def val_of_other_size(folder: Path) -> None:
-    write_packed(folder / "val.npz", count=20, side=28)
-
-
-def corrupt(folder: Path) -> None:
-    with np.load(folder / "train.npz") as archive:
-        arrays = dict(archive)
-    arrays["jpeg"] = arrays["jpeg"].copy()
-    arrays["jpeg"][arrays["offsets"][5] :][:200] = 0
-    np.savez(folder / "train.npz", **arrays)
-
-
-def no_images(folder: Path) -> None:
-    np.savez(
-        folder / "val.npz",
-        jpeg=np.zeros(0, np.uint8), offsets=[0], label=np.zeros(0, int), classes=CLASSES,
-    )  # fmt: skip
-
-
-def few(folder: Path) -> None:
-    write_packed(folder / "train.npz", count=12)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (
-            other_classes,
-            r"^error: data\.val: got class names that differ from those of data\.train",
-        ),
-        (other_size, r"^error: data\.train: got images of \(28, 28\), expected 32x32"),
-        (val_of_other_size, r"^error: data\.val: got images of \(28, 28\), expected 32x32"),
-        (corrupt, r"^error: image '.*train\.npz image 5': got "),
-        (no_images, r"^error: data\.val: got no images in '.*val\.npz', expected some"),
-        (few, r"^error: data\.batch_size: got 16, expected at most 12, the number of training"),
-    ],
-)
-def test_wrong_data_is_one_line_and_no_run(
-    tmp_path: Path,
-    change: Callable[[Path], None],
-    message: str,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    folder = tmp_path / "set"
-    write_packed(folder / "train.npz")
-    write_packed(folder / "val.npz", count=20)
-    change(folder)
-    argv = ["pretrain", "tiny-imagenet-32", "--runs-dir", str(tmp_path / "runs")]
-    argv += ["--data.train", str(folder / "train.npz"), "--data.val", str(folder / "val.npz")]
-    assert main([*argv, "--data.batch-size", "16", "--accelerator", "cpu"]) == 2
-    error = capsys.readouterr().err
-    assert re.search(message, error), error
-    assert error.count("\n") == 1
-    assert not (tmp_path / "runs").exists()

@@ -297,7 +297,7 @@ def test_recipes_follow_the_released_commands() -> None:
 RUN_FILES = {
     "config.json", "metrics.jsonl", "last.ckpt", "last.ckpt.prev", "model.safetensors",
     "model.json", "result.json", "curves.png", "confusion.png", "predictions.png", "tensorboard",
-    "initial.safetensors",
+    "initial.safetensors", "prompts.png", "prompts.json",
 }  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 Paper: Han et al., "E²VPT: An Effective and Efficient Approach for Visual Prompt Tuning", ICCV 2023.
 """
 
+from e2vpt.attention_maps import attention_to_prompts
 from e2vpt.bank import PromptBank
 from e2vpt.fold import fold
 from e2vpt.model import parameter_report, prompt, remove
@@ -11,6 +12,7 @@ from e2vpt.pruning import importance, prune
 
 __all__ = [
     "PromptBank",
+    "attention_to_prompts",
     "fold",
     "importance",
     "load",

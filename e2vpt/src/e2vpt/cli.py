@@ -106,16 +106,18 @@ def _search(argv: Sequence[str]) -> None:
 
 
 def _prune(argv: Sequence[str]) -> None:
-    from e2vpt.config import TrainConfig
+    from e2vpt.config import PruneConfig, TrainConfig
     from e2vpt.recipes import RECIPES
 
     prog, about = "e2vpt prune", "Prune a finished run's prompts and train what is left again."
     words = list(argv)
-    if words and not words[0].startswith("-"):
+    if any(word.partition("=")[0] == "--resume" for word in words):
+        _, cfg = parse_recipe(RECIPES, words, prog=prog, about=about)
+    elif words and not words[0].startswith("-"):
         before = load_json(TrainConfig, Path(words[0]) / "config.json")
         start = replace(
             before,
-            prune=replace(before.prune, source=words[0], num_tokens=0, num_segments=0),
+            prune=PruneConfig(source=words[0]),
             run=replace(before.run, name="", resume="", overwrite=False),
         )
         cfg = parse(TrainConfig, words[1:], prog=f"{prog} RUN", default=start, about=about)
@@ -126,17 +128,11 @@ def _prune(argv: Sequence[str]) -> None:
                 "something to remove",
                 "give --prune.num-tokens or --prune.num-segments, or use e2vpt search",
             )
-    elif "--resume" in words:
-        _, cfg = parse_recipe(RECIPES, words, prog=prog, about=about)
     else:
-        start = replace(next(iter(RECIPES.values())))
-        parse(
-            TrainConfig,
-            [w for w in words if w in ("-h", "--help")],
-            prog=f"{prog} RUN",
-            default=start,
-            about=about,
-        )
+        if {"-h", "--help"} & set(words):
+            about += f"\nDefaults are those of RUN. To go on: {prog} --resume RUN [OPTIONS]."
+            start = next(iter(RECIPES.values()))
+            parse(TrainConfig, ["--help"], prog=f"{prog} RUN", default=start, about=about)
         raise InputError("RUN", "nothing", "a finished run folder first", f"{prog} RUN [OPTIONS]")
     from e2vpt.train import train
 

@@ -219,8 +219,16 @@ class PruneConfig:
     def __post_init__(self) -> None:
         """Check counts."""
         for name in ("num_tokens", "num_segments"):
-            if getattr(self, name) < 0:
-                raise InputError(f"prune.{name}", getattr(self, name), "0 or more", "correct it")
+            count = getattr(self, name)
+            if count < 0:
+                raise InputError(f"prune.{name}", count, "0 or more", "correct it")
+            if count and not self.source:
+                raise InputError(
+                    f"prune.{name}",
+                    f"{count} without prune.source",
+                    "the run whose prompts to prune",
+                    "use e2vpt prune RUN, or name it with --prune.source",
+                )
         if not self.num_segments < self.of_segments:
             raise InputError(
                 "prune.num_segments",

@@ -83,7 +83,7 @@ def importance(
     device = next(model.parameters()).device
     total: Tensor | None = None
     count = 0
-    with _untouched(model):
+    with untouched(model):
         for images, labels in loader:
             parts = _mask_gradients(model, visual, cut, images.to(device), labels.to(device))
             if not per_layer:
@@ -120,7 +120,7 @@ def _mask_gradients(
 
 
 @contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
+def untouched(model: nn.Module) -> Iterator[None]:
     """Eval mode; afterwards modes and random states are as they were."""
     modes, random = [(m, m.training) for m in model.modules()], rng_state()
     model.eval()
@@ -180,7 +180,7 @@ def prune(
     is_interleaved = bool(scores["interleaved"])
     layers = range(len(tokens)) if per_layer else range(1)
     by_layer = (tokens, segments) if per_layer else (tokens[None], segments[None])
-    stays = [_highest(by_layer[0][i], count - num_tokens) for i in layers]  # (P',) each
+    stays = [survivors(by_layer[0][i], num_tokens) for i in layers]  # (P',) each
     kept = [_highest(by_layer[1][i][stays[i]], parts - num_segments) for i in layers]  # (P', K)
     if compat:
         return _zeroed(model, stays, kept, parts, is_interleaved)
@@ -214,6 +214,11 @@ def prune(
                 before = visual.segments[i if len(visual.segments) > 1 else 0]
                 chosen.copy_(before[stays[j].to(before.device)])
     return small
+
+
+def survivors(tokens: Tensor, num_tokens: int) -> Tensor:
+    """The prompts that `prune` keeps: scores (..., P) -> int64 (..., P - num_tokens), in order."""
+    return _highest(tokens, tokens.shape[-1] - num_tokens)
 
 
 def _zeroed(

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from e2vpt.config import Method, Rewind, RunConfig, TrainConfig
+from e2vpt.config import Method, PruneConfig, Rewind, RunConfig, TrainConfig
 from shared_utils.errors import InputError
 
 PERCENTS = range(10, 100, 10)  # of tokens and of segments, the paper's code
@@ -22,6 +22,16 @@ def segment_counts(num_segments: int, min_kept: int = 4) -> list[int]:
     """How many of R segments it tries to remove from each prompt that stays."""
     counts = {num_segments * percent // 100 for percent in PERCENTS}
     return sorted(count for count in counts if num_segments - count >= min_kept)
+
+
+def token_candidates(num_prompts: int) -> list[int]:
+    """Counts of tokens that a search tries to remove; none is always among them."""
+    return sorted({0, *token_counts(num_prompts)})
+
+
+def segment_candidates(num_segments: int, min_kept: int) -> list[int]:
+    """Counts of segments that a search tries to remove: 1 or more, none was tried with tokens."""
+    return [count for count in segment_counts(num_segments, min_kept) if count]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,14 +69,23 @@ class SearchOptions:
     def __post_init__(self) -> None:
         """Check ranges."""
         for name in ("methods", "lrs", "weight_decays", "seeds"):
-            if not getattr(self, name):
+            # As in the names of the runs.
+            told = [v if isinstance(v, str) else f"{v:.10g}" for v in getattr(self, name)]
+            if not told:
                 raise InputError(f"search.{name}", "nothing", "at least one", "name some")
+            if twice := [value for value in told if told.count(value) > 1]:
+                raise InputError(
+                    f"search.{name}", f"{twice[0]} twice", "each once", "leave one out"
+                )
         for lr in self.lrs:
             if not 0 < lr < math.inf:
                 raise InputError("search.lrs", lr, "more than 0", "correct it")
         for decay in self.weight_decays:
             if not 0 <= decay < math.inf:
                 raise InputError("search.weight_decays", decay, "0 or more", "correct it")
+        for seed in self.seeds:
+            if not 0 <= seed < 2**32:
+                raise InputError("search.seeds", seed, "0 to 4294967295", "correct it")
         for name in ("candidate_epochs", "num_segments", "min_segments", "finalists"):
             if getattr(self, name) < 1:
                 raise InputError(f"search.{name}", getattr(self, name), "1 or more", "correct it")
@@ -85,6 +104,17 @@ class SearchConfig(TrainConfig):
 
     search: SearchOptions = field(default_factory=SearchOptions)
     run: Annotated[RunConfig, tyro.conf.arg(name="")] = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        """What a search decides itself is not to be given."""
+        for name in ("source", "num_tokens", "num_segments", "of_segments", "rewind", "random"):
+            if getattr(self.prune, name) != getattr(PruneConfig(), name):
+                raise InputError(
+                    f"prune.{name}",
+                    getattr(self.prune, name),
+                    "nothing, as the search prunes by itself",
+                    "leave it out; see --search.num-segments, .rewind and .controls",
+                )
 
     @classmethod
     def of(cls, recipe: TrainConfig, search: SearchOptions) -> "SearchConfig":

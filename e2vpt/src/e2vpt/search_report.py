@@ -2,7 +2,9 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from e2vpt.devices import run_facts
-from e2vpt.search import Row
 from e2vpt.search_config import SearchConfig
 from e2vpt.train import Setup
 from e2vpt.trials import Trial
@@ -33,6 +34,52 @@ HEADER = (
 )
 
 
+@dataclass(frozen=True)
+class Row:
+    """One line of the results table.
+
+    Attributes:
+        label: the method, and what was pruned.
+        chosen: the run whose settings were chosen.
+        finals: its final runs, one for each seed.
+        search_epochs: epochs of all runs that led to the choice.
+        search_seconds: their wall time.
+        is_control: the settings were chosen for another row; it has no validation accuracy of its
+            own and is not chosen in turn.
+    """
+
+    label: str
+    chosen: Trial
+    finals: tuple[Trial, ...]
+    search_epochs: int
+    search_seconds: float
+    is_control: bool = False
+
+    def plain(self) -> dict[str, Any]:
+        """For `search.json`; accuracies in [0, 1], `test_std` over the seeds, 0 of a single one."""
+        tests = [trial.test_top1 for trial in self.finals]
+        prune = self.chosen.cfg.prune
+        return {
+            "label": self.label,
+            "method": self.chosen.cfg.model.method,
+            "lr": self.chosen.cfg.optim.lr,
+            "weight_decay": self.chosen.cfg.optim.weight_decay,
+            "pruned_tokens": prune.num_tokens,
+            "pruned_segments": prune.num_segments,
+            "of_segments": prune.of_segments if prune.num_segments else 0,
+            "val_top1": None if self.is_control else self.chosen.val_top1,
+            "test_top1": tests,
+            "test_mean": mean(tests),
+            "test_std": stdev(tests) if len(tests) > 1 else 0.0,
+            "tuned": self.finals[0].tuned,
+            "percent": self.finals[0].result["parameters"]["percent"],
+            "search_epochs": self.search_epochs,
+            "search_seconds": round(self.search_seconds, 1),
+            "final_seconds": round(mean(trial.seconds for trial in self.finals), 1),
+            "rewind": prune.rewind if prune.source else None,
+        }
+
+
 def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """A Markdown table whose columns are aligned in plain text too."""
     widths = [max(len(line[i]) for line in (header, *lines)) for i in range(len(header))]
@@ -44,10 +91,16 @@ def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join([row(header), row(["-" * width for width in widths]), *map(row, lines)])
 
 
-def budget_table(stages: Sequence[tuple[str, int, int]]) -> str:
-    """What a search will cost at most: runs and epochs of each stage and in all."""
-    total = ("in all", sum(runs for _, runs, _ in stages), sum(epochs for *_, epochs in stages))
-    lines = [(name, str(runs), str(epochs)) for name, runs, epochs in (*stages, total)]
+def budget_table(*budgets: Sequence[tuple[str, int, int]]) -> str:
+    """What searches will cost together at most: runs and epochs of each stage and in all."""
+    sums: dict[str, tuple[int, int]] = {}
+    for stages in budgets:
+        for name, runs, epochs in stages:
+            before = sums.pop("in all", (0, 0))
+            told = sums.get(name, (0, 0))
+            sums[name] = (told[0] + runs, told[1] + epochs)
+            sums["in all"] = (before[0] + runs, before[1] + epochs)
+    lines = [(name, str(runs), str(epochs)) for name, (runs, epochs) in sums.items()]
     return "budget:\n" + markdown(("stage", "runs", "epochs"), lines)
 
 
@@ -55,7 +108,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The results, a line per method; accuracies in percent."""
     lines = []
     for row in rows:
-        removed = f"{row['pruned_tokens']} tokens" if row["pruned_tokens"] else ""
+        count = row["pruned_tokens"]
+        removed = f"{count} token{'s' * (count > 1)}" if count else ""
         if row["pruned_segments"]:
             removed += f" {row['pruned_segments']}/{row['of_segments']} segments"
         lines.append(
@@ -66,7 +120,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
                 removed.strip() or "-",
                 f"{row['tuned']:,}",
                 f"{row['percent']:.3f}",
-                f"{100 * row['val_top1']:.1f}",
+                "-" if row["val_top1"] is None else f"{100 * row['val_top1']:.1f}",
                 f"{100 * row['test_mean']:.2f} ± {100 * row['test_std']:.2f}",
                 str(row["search_epochs"]),
                 f"{row['search_seconds']:.0f}",
@@ -82,8 +136,9 @@ def write(
     setup: Setup,
     rows: Sequence[Row],
     stages: Mapping[str, Sequence[Trial]],
+    chosen: Row,
 ) -> None:
-    """`search.json`, `table.md`, `search.png`, and last of all `result.json` of the best row."""
+    """`search.json`, `table.md`, `search.png`, and last of all `result.json` of the chosen row."""
     plain = [row.plain() for row in rows]
     trials = {
         stage: [
@@ -91,7 +146,7 @@ def write(
                 "name": trial.name,
                 "metrics": trial.result["metrics"],
                 "diverged": trial.result.get("diverged"),
-                "tuned": trial.tuned,
+                "tuned": None if trial.is_diverged else trial.tuned,
                 "epochs": trial.cfg.optim.epochs,
                 "seconds": round(trial.seconds, 1),
             }
@@ -99,29 +154,27 @@ def write(
         ]
         for stage, of_stage in stages.items()
     }
-    write_text(
-        json.dumps({"rows": plain, "stages": trials}, indent=1) + "\n", folder / "search.json"
-    )
+    found = {"chosen": chosen.label, "rows": plain, "stages": trials}
+    write_text(json.dumps(found, indent=1) + "\n", folder / "search.json")
     write_text(table(plain) + "\n", folder / "table.md")
     heat_maps(stages, folder / "search.png")
-    best = max(rows, key=lambda row: row.chosen.val_top1)
-    chosen = best.plain()
+    row, result = chosen.plain(), chosen.finals[0].result
     write_result(
         folder,
         {
             "project": "e2vpt",
             "name": folder.name,
             "recipe": cfg.recipe,
-            "method": chosen["label"],
+            "method": row["label"],
             "seed": cfg.run.seed,
-            "metrics": {"val_top1": chosen["val_top1"], "test_top1": chosen["test_mean"]},
-            "test_std": chosen["test_std"],
-            "parameters": best.finals[0].result["parameters"],
-            "backbone": best.finals[0].result["backbone"],
+            "metrics": {"val_top1": row["val_top1"], "test_top1": row["test_mean"]},
+            "test_std": row["test_std"],
+            "parameters": result["parameters"],
+            "backbone": result["backbone"],
             "normalize": cfg.data.normalize,
-            "data": best.finals[0].result["data"],
+            "data": result["data"],
             "epochs": sum(t.cfg.optim.epochs for of_stage in stages.values() for t in of_stage),
-            "images_per_second": best.finals[0].result["images_per_second"],
+            "images_per_second": result["images_per_second"],
             **run_facts(setup.fabric),
         },
     )

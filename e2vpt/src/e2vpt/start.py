@@ -5,7 +5,8 @@ Paper: Han et al., E²VPT, ICCV 2023, Sec. 3.4.
 
 import copy
 import json
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,18 @@ import torch
 from lightning.fabric import Fabric
 
 from e2vpt import model_io
-from e2vpt.config import DataConfig, PruneConfig, TrainConfig
+from e2vpt.config import DataConfig, ModelConfig, PruneConfig, TrainConfig
 from e2vpt.data import DataSplits, ImageSet, build_loader
 from e2vpt.model import PromptedModel, PromptSpec, load_tuned_state, tuned_state
 from e2vpt.pruning import Scores, importance, prune
 from shared_utils import checkpoint
-from shared_utils.config import from_dict
+from shared_utils.config import from_dict, load_json
 from shared_utils.errors import InputError
 from shared_utils.seeding import seed_all
 
 INITIAL = "initial.safetensors"  # in a run folder: prompts and head before the first step
 IMPORTANCE = "importance.json"
+REINIT = 2**31  # added to the seed for new values of prompts that were pruned
 
 
 def build_network(
@@ -33,6 +35,9 @@ def build_network(
 
     A backbone that trains or carries adapters is copied, so that others may use it too. For a
     resumed run the sizes come from its checkpoint, and the values are not set yet.
+
+    Raises: InputError where the source of the prompts is not there, has other classes or another
+        model than `cfg`, or has not so much to prune.
     """
     if spec.backbone_trains != "none" or spec.adapter != "none":
         module = copy.deepcopy(module)
@@ -42,6 +47,7 @@ def build_network(
     if cfg.run.resume:
         state, _ = checkpoint.load_last(Path(cfg.run.resume) / "last.ckpt")
         return PromptedModel(module, from_dict(PromptSpec, state["spec"], "last.ckpt spec")), None
+    _require_same_model(cfg.model, Path(cfg.prune.source))
     trained = model_io.load(cfg.prune.source, module)
     if trained.spec.num_classes != splits.num_classes:
         raise InputError(
@@ -49,6 +55,13 @@ def build_network(
             f"a model of {trained.spec.num_classes} classes",
             f"{splits.num_classes}, those of the data",
             "name a run on this data",
+        )
+    if trained.visual is None:
+        raise InputError(
+            "prune.source",
+            "a model without visual prompts",
+            "some to prune",
+            "name a run of e2vpt or vpt",
         )
     fabric.to_device(trained)
     return _pruned(cfg, trained, splits.train)
@@ -72,7 +85,9 @@ def _pruned(
         return _rewound(prune(begin, first, *counts, compat=True), cfg), first
     fewer, begin = (prune(model, first, options.num_tokens) for model in (trained, begin))
     if options.num_segments:
-        begin = prune(begin, scores_of(fewer), 0, options.num_segments)
+        second = scores_of(fewer)
+        begin = prune(begin, second, 0, options.num_segments)
+        first = {**first, "survivors": second["segments"]}
     return _rewound(begin, cfg), first
 
 
@@ -92,13 +107,48 @@ def score(model: PromptedModel, images: ImageSet, data: DataConfig, options: Pru
 def random_scores(model: PromptedModel, options: PruneConfig, seed: int) -> Scores:
     """Scores that say nothing: the control that pruning by importance has to beat."""
     generator = torch.Generator().manual_seed(seed)
-    layers = (model.geometry.num_layers,) if options.per_layer else ()
+    layers = (model.visual.num_layers,) if options.per_layer and model.visual else ()
     shape = (*layers, model.spec.num_visual_prompts, options.of_segments)
     return {
         "tokens": torch.rand(shape[:-1], generator=generator, dtype=torch.float64),
         "segments": torch.rand(shape, generator=generator, dtype=torch.float64),
         "interleaved": torch.tensor(options.interleaved),
     }
+
+
+def _require_same_model(model: ModelConfig, source: Path) -> None:
+    """The prompts come as they are: an option that would change them must not pass unnoticed."""
+    path = source / "config.json"
+    if not path.is_file():
+        return
+    before = load_json(TrainConfig, path).model
+    for name in (field.name for field in fields(ModelConfig)):
+        # The backbone is told by its weights, wherever they lie.
+        if name not in ("backbone", "architecture") and getattr(model, name) != getattr(
+            before, name
+        ):
+            raise InputError(
+                f"model.{name}",
+                getattr(model, name),
+                f"{getattr(before, name)}, as in {source}",
+                "leave it, or train new prompts",
+            )
+
+
+def require_same_pruning(options: PruneConfig, before: Mapping[str, Any]) -> None:
+    """Raise InputError where a resumed run is to be pruned otherwise than it was.
+
+    Args:
+        options: those given now.
+        before: those in its checkpoint. The source may lie elsewhere by now.
+    """
+    for name, value in asdict(options).items():
+        began_with = before[name]
+        if name == "source":
+            value, began_with = Path(value).name, Path(began_with).name
+        if value != began_with:
+            told = f"{began_with or 'nothing'}, as before"
+            raise InputError(f"prune.{name}", value or "nothing", told, "leave it")
 
 
 def _at_start(trained: PromptedModel, options: PruneConfig) -> PromptedModel:
@@ -121,7 +171,8 @@ def _rewound(model: PromptedModel, cfg: TrainConfig) -> PromptedModel:
     """The pruned model; under `reinit` with new random values, its kept segments the same."""
     if cfg.prune.rewind != "reinit":
         return model
-    seed_all(cfg.run.seed)
+    # Not the run's own seed: where the source has the same, that would draw its values again.
+    seed_all((cfg.run.seed + REINIT) % 2**32)
     fresh = PromptedModel(model.backbone, model.spec)
     if model.visual is not None and fresh.visual is not None and model.visual.segments is not None:
         fresh.visual.segments = model.visual.segments.clone()
@@ -135,7 +186,12 @@ def save_initial(network: PromptedModel, folder: Path) -> None:
 
 
 def save_scores(scores: Scores, options: PruneConfig, folder: Path) -> None:
-    """Write `importance.json`: the scores, and what they were used for."""
+    """Write `importance.json`: the scores, and what they were used for.
+
+    `tokens` (P,) and `segments` (P, R) are of the whole prompts, `survivors` (P', R) of the
+    segments of those that stayed, where segments were pruned; all with a leading L under
+    `per_layer`.
+    """
     plain: dict[str, Any] = {name: tensor.tolist() for name, tensor in scores.items()}
     text = json.dumps({**plain, "prune": asdict(options)}, indent=1)
     checkpoint.write_text(text + "\n", folder / IMPORTANCE)

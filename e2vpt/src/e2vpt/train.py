@@ -15,9 +15,9 @@ from lightning.fabric import Fabric
 from torch import Tensor
 from torch.nn import functional as F
 
-from e2vpt import model_io, pictures, start
+from e2vpt import model_io, pictures, prompt_report, start
 from e2vpt.backbones import Backbone, load_backbone
-from e2vpt.config import TrainConfig
+from e2vpt.config import PruneConfig, TrainConfig
 from e2vpt.data import DataSplits, ImageSet, build_loader, load_data
 from e2vpt.devices import launch_fabric, run_facts
 from e2vpt.evaluate import Diverged, evaluate, predict_set
@@ -311,6 +311,8 @@ class _Training:
             raise InputError(
                 "optim.optimizer", self.cfg.optim.optimizer, f"{began_with}, as before", "leave it"
             )
+        pruning = state["config"].get("prune") or asdict(PruneConfig())  # runs of before had none
+        start.require_same_pruning(self.cfg.prune, pruning)
         load_tuned_state(self.network, state["model"], str(path))
         groups = self.optimizer.state_dict()["param_groups"]  # of the options given now
         self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
@@ -340,6 +342,7 @@ class _Training:
         shown = None if self.is_trial else splits.test or splits.val
         if not self.is_trial:
             plot_curves(self.folder, CURVES)
+            prompt_report.write(self.fabric, self.network, splits, cfg, self.folder)
         if shown is not None:
             logits, labels = predict_set(self.fabric, self.network, shown, cfg.data)
             pictures.confusion(logits, labels, splits.class_names, self.folder / "confusion.png")

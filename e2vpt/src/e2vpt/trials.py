@@ -33,12 +33,12 @@ class Trial:
 
     @property
     def val_top1(self) -> float:
-        """Of the last epoch, in [0, 1]."""
+        """Of the last epoch, in [0, 1]; 0 where the run diverged."""
         return float(self.result["metrics"]["val_top1"])
 
     @property
     def test_top1(self) -> float:
-        """Of the last epoch, in [0, 1]."""
+        """Of the last epoch, in [0, 1]; final runs alone have it."""
         return float(self.result["metrics"]["test_top1"])
 
     @property
@@ -48,18 +48,18 @@ class Trial:
 
     @property
     def tuned(self) -> int:
-        """Parameters that trained."""
-        return int(self.result["parameters"]["tuned"])
+        """Parameters that trained; 0, not counted, where the run diverged."""
+        return 0 if self.is_diverged else int(self.result["parameters"]["tuned"])
 
     @property
     def seconds(self) -> float:
-        """Wall time of its training and evaluation."""
+        """Wall time of its training and validation."""
         rows = read_metrics(self.folder)
         return float(rows[-1]["seconds"]) if rows else 0.0
 
 
 class Trials:
-    """Runs trials into one folder and counts what they cost."""
+    """Runs trials into one folder."""
 
     def __init__(self, folder: Path) -> None:
         """Keep trials below `folder`."""
@@ -72,7 +72,11 @@ class Trials:
     def run(self, name: str, cfg: TrainConfig, setup: Setup) -> Trial:
         """Run a trial, go on with it where it was interrupted, or read it where it is done.
 
-        Raises: InputError where a trial of that name ran with another configuration.
+        A trial that diverges is recorded and counts as the worst, except where it has test images:
+        that is a final run, whose figure is asked for.
+
+        Raises: InputError where a trial of that name ran with another configuration, or a final
+            run diverged.
         """
         done = self.find(name, cfg)
         if done is not None:
@@ -86,23 +90,29 @@ class Trials:
         try:
             train(replace(cfg, run=run), setup, folder)
         except Diverged as error:
-            if setup.splits.test is not None:  # a final run: its figure is asked for
-                raise
-            self._give_up(folder, error)
+            got = str(error).partition(", expected")[0]  # the rest is advice for a single run
+            if setup.splits.test is not None:
+                raise InputError(
+                    f"final run {name}",
+                    f"one that diverged ({got})",
+                    "a rate that every seed bears",
+                    "start a new search with lower --search.lrs",
+                ) from error
+            self._give_up(folder, got)
         return self._read(name, cfg)
 
     @staticmethod
-    def _give_up(folder: Path, error: Diverged) -> None:
+    def _give_up(folder: Path, why: str) -> None:
         """Record a candidate whose rate was too high: it counts, with an accuracy of 0."""
-        result = {"metrics": {"val_top1": 0.0}, "diverged": str(error), "parameters": {"tuned": 0}}
+        result = {"metrics": {"val_top1": 0.0}, "diverged": why}
         write_text(json.dumps(result, indent=1) + "\n", folder / "result.json")
 
     def find(self, name: str, cfg: TrainConfig) -> Trial | None:
         """A finished trial, or None.  Raises: InputError where it ran otherwise than `cfg`."""
         folder = self.place(name)
         if (folder / "config.json").is_file():
-            before = to_dict(load_json(TrainConfig, folder / "config.json"))
-            now = to_dict(replace(cfg, run=replace(cfg.run, resume="", overwrite=False)))
+            before = _compared(load_json(TrainConfig, folder / "config.json"))
+            now = _compared(cfg)
             for group in (key for key in now if before[key] != now[key]):
                 raise InputError(
                     f"trial {name}",
@@ -115,3 +125,11 @@ class Trials:
     def _read(self, name: str, cfg: TrainConfig) -> Trial:
         result = json.loads((self.place(name) / "result.json").read_text())
         return Trial(name, self.place(name), cfg, result)
+
+
+def _compared(cfg: TrainConfig) -> dict[str, Any]:
+    """What has to be the same for a trial to be the same run: not where the search lies."""
+    run = replace(cfg.run, resume="", overwrite=False, runs_dir=Path())
+    plain = to_dict(replace(cfg, about="", run=run))
+    plain["prune"]["source"] = Path(cfg.prune.source).name
+    return plain
