@@ -103,10 +103,13 @@ def test_suite_train_does_not_measure_the_bank(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("e2vpt.bench.train_rows", lambda *rest: [row(name=rest[1])])
+    monkeypatch.setattr("e2vpt.bench.memory_row", lambda *rest: row(name=f"memory {rest[1]}"))
+    monkeypatch.setattr("e2vpt.bench.STATUS", Path(__file__))  # as on Linux
     monkeypatch.setattr(bench_bank, "bank_rows", None)
     file = tmp_path / "e2vpt.json"
     bench(BenchConfig(suite="train", output=file))
-    assert [r["name"] for r in json.loads(file.read_text())["rows"]] == ["fp32", "bf16"]
+    names = [r["name"] for r in json.loads(file.read_text())["rows"]]
+    assert names == ["fp32", "memory fp32", "bf16", "memory bf16"]
 
 
 def test_a_suite_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,10 +26,12 @@ Score = Callable[[TrainConfig], float | None]
 class Training:
     """Stands in for `train`: writes the result of a run whose accuracy `score` gives.
 
-    None diverges. Tuned parameters are 100 and 80 for each whole prompt.
+    None diverges. Tuned parameters are 100 and 80 for each whole prompt. Losses are all the same,
+    or what `loss` gives.
     """
 
     score: Score
+    loss: Callable[[TrainConfig], float] = lambda cfg: 0.3
     ran: dict[str, TrainConfig] = field(default_factory=dict)
 
     def __call__(self, cfg: TrainConfig, setup: Setup, folder: Path) -> Path:
@@ -52,6 +54,8 @@ class Training:
             "images_per_second": 1.0,
         }
         (folder / "result.json").write_text(json.dumps(result))
+        row = {"seconds": 1.0} | ({"val_loss": self.loss(cfg)} if "val_top1" in metrics else {})
+        (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
         return folder
 
 
@@ -74,9 +78,13 @@ def searching(
     """Search with given accuracies: `search.json`, what ran, and the folder."""
 
     def run(
-        score: Score, prompts: int = 4, how: PruneConfig | None = None, **options: Any
+        score: Score,
+        prompts: int = 4,
+        how: PruneConfig | None = None,
+        loss: Callable[[TrainConfig], float] = lambda cfg: 0.3,
+        **options: Any,
     ) -> tuple[dict[str, Any], dict[str, TrainConfig], Path]:
-        training = Training(score)
+        training = Training(score, loss)
         monkeypatch.setattr(trials, "train", training)
         monkeypatch.setattr(search_stages, "prepare", lambda cfg: setup)
         monkeypatch.setattr(search_report, "heat_maps", lambda *args: None)  # they take long
@@ -124,24 +132,39 @@ def test_ties_go_to_fewer_parameters_then_to_smaller_rate_and_decay(searching: A
     assert found["chosen"] == "e2vpt pruned"
 
 
+def test_of_equal_accuracies_the_lower_loss_is_taken(searching: Any) -> None:
+    found, _, _ = searching(equal, loss=lambda cfg: 0.2 + abs(cfg.optim.lr - 0.2))
+    assert found["rows"][0]["lr"] == 0.2
+    grid = {trial["name"]: trial["val_loss"] for trial in found["stages"]["e2vpt grid"]}
+    assert grid["e2vpt-lr0.5-wd0"] == 0.5
+    # Pruning is for fewer parameters, whatever the loss.
+    assert (found["rows"][1]["pruned_tokens"], found["rows"][1]["pruned_segments"]) == (3, 2)
+
+
 @pytest.mark.parametrize(
     ("one", "other"),
     [
-        # (accuracy, tuned, rate, decay); None: it diverged
-        ((0.6, 900, 9, 9), (0.5, 100, 1, 0)),
-        ((0.5, 100, 9, 9), (0.5, 101, 1, 0)),
-        ((0.5, 100, 1, 9), (0.5, 100, 2, 0)),
-        ((0.5, 100, 1, 0), (0.5, 100, 1, 1)),
-        ((0.0, 900, 9, 9), (None, 0, 1, 0)),
+        # (accuracy, tuned, loss, rate, decay); None: it diverged
+        ((0.6, 900, 9, 9, 9), (0.5, 100, 1, 1, 0)),
+        ((0.5, 100, 9, 9, 9), (0.5, 101, 1, 1, 0)),
+        ((0.5, 100, 1, 9, 9), (0.5, 100, 2, 1, 0)),
+        ((0.5, 100, 1, 1, 9), (0.5, 100, 1, 2, 0)),
+        ((0.5, 100, 1, 1, 0), (0.5, 100, 1, 1, 1)),
+        ((0.0, 900, 9, 9, 9), (None, 0, 1, 1, 0)),
     ],
 )
-def test_the_order_of_two_runs(one: Any, other: Any) -> None:
-    def trial(accuracy: float | None, tuned: int, lr: float, decay: float) -> trials.Trial:
+def test_the_order_of_two_runs(tmp_path: Path, one: Any, other: Any) -> None:
+    def trial(
+        accuracy: float | None, tuned: int, loss: float, lr: float, decay: float
+    ) -> trials.Trial:
+        folder = tmp_path / f"{loss}"
+        folder.mkdir(exist_ok=True)
+        (folder / "metrics.jsonl").write_text(json.dumps({"val_loss": loss}) + "\n")
         cfg = TrainConfig()
         cfg = replace(cfg, optim=replace(cfg.optim, lr=lr, weight_decay=decay))
         result: dict[str, Any] = {"metrics": {"val_top1": accuracy or 0.0}}
         result |= {"diverged": "nan"} if accuracy is None else {"parameters": {"tuned": tuned}}
-        return trials.Trial("x", Path("x"), cfg, result)
+        return trials.Trial("x", folder, cfg, result)
 
     assert search_stages.order(trial(*one)) < search_stages.order(trial(*other))
 
@@ -224,6 +247,13 @@ def test_every_method_gets_the_same_grid(searching: Any) -> None:
     assert [row["search_epochs"] for row in found["rows"][:2]] == [600, 600]
 
 
+def test_prompts_of_the_vpt_baselines(searching: Any) -> None:
+    methods = ("vpt-shallow", "vpt-deep", "e2vpt")
+    _, ran, _ = searching(equal, methods=methods, vpt_prompts=7, prune=False)
+    counts = {(cfg.model.method, cfg.model.num_visual_prompts) for cfg in ran.values()}
+    assert counts == {("vpt-shallow", 7), ("vpt-deep", 7), ("e2vpt", 4)}
+
+
 def test_rates_close_together_are_runs_of_their_own(searching: Any) -> None:
     found, _, _ = searching(equal, lrs=(0.1, 0.1000001), weight_decays=(0.0,))
     assert stage(found, "e2vpt grid") == ["e2vpt-lr0.1-wd0", "e2vpt-lr0.1000001-wd0"]
@@ -240,6 +270,7 @@ def test_final_runs_train_on_validation_images_too(searching: Any) -> None:
     found, ran, folder = searching(equal, final_on_val=True)
     finals = stage(found, "finals")
     assert len(finals) == 8
+    assert all(trial["val_loss"] is None for trial in found["stages"]["finals"])
     assert {name: cfg.data.train_on_val for name, cfg in ran.items()} == {
         name: name in finals for name in ran
     }

@@ -1,4 +1,4 @@
-"""Accuracy of a model on one split, over any number of processes."""
+"""Accuracy and loss of a model on one split, over any number of processes."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from lightning.fabric import Fabric
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics import MeanMetric
 
 from e2vpt.config import DataConfig
 from e2vpt.data import ImageSet, build_loader
@@ -27,7 +29,9 @@ def evaluate(
     when: str = "",
     remedy: str = "try --precision 32-true",
 ) -> dict[str, float]:
-    """Top-1 and, from six classes on, top-5, in [0, 1]; each image counts once.
+    """`loss`, the mean cross-entropy in nats, `top1` and, from six classes on, `top5`, in [0, 1].
+
+    Each image counts once.
 
     Args:
         fabric: device, precision and processes.
@@ -42,11 +46,14 @@ def evaluate(
     Raises: Diverged where a logit is NaN or infinite: its accuracy would mean nothing.
     """
     metrics = classification_metrics(num_classes).to(fabric.device)
+    loss = MeanMetric().to(fabric.device)
     for logits, labels in _batches(fabric, model, images, cfg):
         if not torch.isfinite(logits).all():
             raise Diverged("logits", f"nan or inf{when}", "finite ones", remedy)
         metrics.update(logits, labels)
-    return {name: float(value) for name, value in metrics.compute().items()}
+        loss.update(F.cross_entropy(logits, labels, reduction="none"))
+    scores = {"loss": loss.compute(), **metrics.compute()}
+    return {name: float(value) for name, value in scores.items()}
 
 
 def predict_set(

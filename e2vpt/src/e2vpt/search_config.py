@@ -44,6 +44,9 @@ class SearchOptions:
     """learning rates of the grid, as --optim.lr (default: the paper's base rates)"""
     weight_decays: tuple[float, ...] = (0.01, 0.001, 0.0001, 0.0)
     """weight decays of the grid (default: the paper's)"""
+    vpt_prompts: int = 0
+    """visual prompts of vpt-shallow and vpt-deep, for as many parameters as e2vpt has with its
+    key-value prompts (0: as many prompts as e2vpt)"""
     prune: bool = True
     """look for prompts and segments to remove from the best e2vpt run"""
     candidate_epochs: int = 15
@@ -89,6 +92,8 @@ class SearchOptions:
         for name in ("candidate_epochs", "num_segments", "min_segments", "finalists"):
             if getattr(self, name) < 1:
                 raise InputError(f"search.{name}", getattr(self, name), "1 or more", "correct it")
+        if self.vpt_prompts < 0:
+            raise InputError("search.vpt_prompts", self.vpt_prompts, "0 or more", "correct it")
         if self.min_segments > self.num_segments:
             raise InputError(
                 "search.min_segments",

@@ -1,6 +1,7 @@
 """What a search leaves for people: tables, JSON, a heat map of the grid and of the pruning."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,6 +146,7 @@ def write(
             {
                 "name": trial.name,
                 "metrics": trial.result["metrics"],
+                "val_loss": trial.val_loss if math.isfinite(trial.val_loss) else None,
                 "diverged": trial.result.get("diverged"),
                 "tuned": None if trial.is_diverged else trial.tuned,
                 "epochs": trial.cfg.optim.epochs,

@@ -122,6 +122,8 @@ class Stages:
         """All rates and decays; the best on the validation images."""
         cfg = self.cfg.training()
         model = replace(cfg.model, method=method)
+        if method in ("vpt-shallow", "vpt-deep") and self.options.vpt_prompts:
+            model = replace(model, num_visual_prompts=self.options.vpt_prompts)
         for decay in self.options.weight_decays:
             for lr in self.options.lrs:
                 optim = replace(cfg.optim, lr=lr, weight_decay=decay)
@@ -226,13 +228,15 @@ class Stages:
         return sum(t.cfg.optim.epochs for t in trials), sum(t.seconds for t in trials)
 
 
-def order(trial: Trial) -> tuple[bool, float, int, float, float]:
+def order(trial: Trial) -> tuple[bool, float, int, float, float, float]:
     """Sorts the best first: what diverged last, then by accuracy on the validation images.
 
-    Of equals fewer parameters come first, then the smaller rate, then the smaller decay.
+    Of equals, which 200 images often give, fewer parameters come first, then the lower loss on
+    these images, then the smaller rate, then the smaller decay.
     """
     optim = trial.cfg.optim
-    return trial.is_diverged, -trial.val_top1, trial.tuned, optim.lr, optim.weight_decay
+    by_validation = (-trial.val_top1, trial.tuned, trial.val_loss)
+    return trial.is_diverged, *by_validation, optim.lr, optim.weight_decay
 
 
 def _with_prune(cfg: TrainConfig, **changes: Any) -> TrainConfig:

@@ -30,7 +30,11 @@ from shared_utils.errors import InputError, Interrupted
 from shared_utils.run_log import RunLog, open_run, plot_curves, write_result
 from shared_utils.seeding import seed_all
 
-CURVES = {"loss": ["loss_ce"], "accuracy": ["val_top1", "val_top5"], "learning rate": ["lr"]}
+CURVES = {
+    "loss": ["loss_ce", "val_loss"],
+    "accuracy": ["val_top1", "val_top5"],
+    "learning rate": ["lr"],
+}
 
 
 @dataclass(frozen=True)
@@ -355,7 +359,7 @@ class _Training:
                 "recipe": cfg.recipe,
                 "method": cfg.model.method,
                 "seed": cfg.run.seed,
-                "metrics": scores,
+                "metrics": {k: v for k, v in scores.items() if not k.endswith("_loss")},
                 "parameters": {key: self.report[key] for key in ("tuned", "total", "percent")},
                 "backbone": {
                     "name": self.backbone.name,

@@ -1,6 +1,7 @@
 """Runs of a search, each done once: a trial that is finished on disk is read, not run again."""
 
 import json
+import math
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,6 +36,12 @@ class Trial:
     def val_top1(self) -> float:
         """Of the last epoch, in [0, 1]; 0 where the run diverged."""
         return float(self.result["metrics"]["val_top1"])
+
+    @property
+    def val_loss(self) -> float:
+        """After the last epoch; infinite where it diverged or trained on these images too."""
+        rows = [] if self.is_diverged else read_metrics(self.folder)
+        return float(rows[-1].get("val_loss", math.inf)) if rows else math.inf
 
     @property
     def test_top1(self) -> float:
