@@ -267,7 +267,7 @@ def test_the_even_share_in_windows(name: str) -> None:
 
 @torch.no_grad()
 def test_cosine_attention_without_logits() -> None:
-    """V2's bias by position is then 8 between patches and 0 for prompts."""
+    """V2's bias by position is then 8 between patches, and always 8 for prompts."""
     model = without_logits("swin_v2", deep=True)
     for block in (block for stage in model.backbone.layers for block in stage.blocks):
         for parameter in block.attn.cpb_mlp.parameters():
@@ -275,8 +275,7 @@ def test_cosine_attention_without_logits() -> None:
     got = e2vpt.attention_to_prompts(model, batches("swin_v2"))
     height, width = 9, 13
     counts = visible_patches(height, width, 4, 0)
-    heavy = [count * math.exp(8) + PROMPTS + ROWS for count in counts]
-    expected = sum(PROMPTS / whole for whole in heavy) / len(heavy)
+    expected = sum(PROMPTS / (count + PROMPTS + ROWS) for count in counts) / len(counts)
     assert got["visual"][0].item() == pytest.approx(expected, rel=1e-10)
 
 

@@ -144,6 +144,11 @@ def naive_bias(attn: Any) -> Tensor:
     return torch.stack(rows).view(len(places), len(places), -1).permute(2, 0, 1)
 
 
+def neutral(attn: Any) -> float:
+    """What stands for a relative position that is none: V2 has 16 sigmoid(x), at x = 0."""
+    return 8.0 if hasattr(attn, "logit_scale") else 0.0
+
+
 def naive_attention(
     attn: Any, tokens: Tensor, extra: Tensor, kv: tuple[Tensor, Tensor] | None
 ) -> Tensor:
@@ -163,7 +168,8 @@ def naive_attention(
         added = extra[h]
         if kv is not None:
             k, v = torch.cat([kv[0][h], k]), torch.cat([kv[1][h], v])
-            added = torch.cat([torch.zeros(len(tokens), kv[0].shape[1]).double(), added], dim=1)
+            beside = torch.full((len(tokens), kv[0].shape[1]), neutral(attn)).double()
+            added = torch.cat([beside, added], dim=1)
         if hasattr(attn, "logit_scale"):
             # The key of a padding patch is 0 and stays 0.
             q, k = (m / m.norm(dim=1, keepdim=True).clamp_min(1e-12) for m in (q, k))
@@ -191,7 +197,7 @@ def naive_block(
         tokens = torch.cat([y[:count], torch.stack(patches)])
         parts = [part for _, part in window]
         mask = torch.tensor([[0.0 if a == b else -100.0 for b in parts] for a in parts]).double()
-        extra = torch.zeros(len(bias), len(tokens), len(tokens)).double()
+        extra = torch.full((len(bias), len(tokens), len(tokens)), neutral(block.attn)).double()
         extra[:, count:, count:] = bias + mask
         out = naive_attention(block.attn, tokens, extra, kv)
         prompt_rows.append(out[:count])

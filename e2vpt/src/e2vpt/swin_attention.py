@@ -2,8 +2,8 @@
 
 Done with timm's own submodules; nothing of timm is changed. Both versions of Swin add to the logits
 a bias by relative position and, in shifted windows, a mask that keeps apart what only the shift
-brought together. Prompts have no position and belong to every part of the picture, so both are zero
-in their rows and columns.
+brought together. Prompts have no position and belong to every part of the picture, so the mask is
+zero in their rows and columns and the bias is neutral there, see `neutral_bias`.
 
 Shapes: B batch, W windows of one image, A patches in a window, T tokens in a window (its patches
 and the prompts that run as tokens), P visual prompts, n key-value prompts, M key rows, H heads,
@@ -83,7 +83,8 @@ def window_attention(
     area = bias.shape[-1]
     if mask is not None:
         bias = bias + mask[:, None]  # (W, H, A, A)
-    bias = F.pad(bias, (0, k.shape[2] - area, 0, num_tokens - area))  # (1 or W, H, T, M)
+    outside = (0, k.shape[2] - area, 0, num_tokens - area)
+    bias = F.pad(bias, outside, value=neutral_bias(attn))  # (1 or W, H, T, M)
     if kv is not None and kv[2] is not None:
         lacks = bias.new_zeros(len(kv[2]), k.shape[2])
         lacks[:, -kv[2].shape[1] :].masked_fill_(~kv[2], float("-inf"))
@@ -124,6 +125,16 @@ def position_bias(attn: Any) -> Tensor:
     area = attn.window_size[0] * attn.window_size[1]
     pairs = table[attn.relative_position_index.view(-1)].view(area, area, -1)
     return 16 * pairs.permute(2, 0, 1).contiguous().sigmoid()[None]
+
+
+def neutral_bias(attn: Any) -> float:
+    """The bias of what has no position.
+
+    0 in V1, as in the paper's code. V2, which the paper has not, squashes what its small network
+    gives to 0 to 16 for patches: what is neutral there is a 0 before that, 8 after it. Beside that
+    range a bias of 0 would leave prompts e^-8 of the attention.
+    """
+    return 0.0 if type(attn) is V1 else 8.0
 
 
 def _logits(attn: Any, q: Tensor, k: Tensor) -> Tensor:
