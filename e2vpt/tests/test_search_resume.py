@@ -258,7 +258,7 @@ def test_killed_by_the_system(
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 600  # a loaded machine is slow
         while not (folder / "trials" / "candidate-t0-s0" / "last.ckpt").is_file():
             assert process.poll() is None
             assert time.monotonic() < deadline
