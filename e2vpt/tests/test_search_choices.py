@@ -18,6 +18,7 @@ from e2vpt.search_stages import budget
 from e2vpt.train import Setup, prepare
 from shared_utils.config import save_json
 from shared_utils.errors import InputError
+from shared_utils.run_log import read_metrics
 
 Score = Callable[[TrainConfig], float | None]
 
@@ -122,8 +123,12 @@ def labels(found: dict[str, Any]) -> list[str]:
 
 
 def test_ties_go_to_fewer_parameters_then_to_smaller_rate_and_decay(searching: Any) -> None:
-    found, ran, _ = searching(equal)
+    found, ran, folder = searching(equal)
     assert len(ran) == 6 + 4 + 2 + 2 + 4 * 2  # all that the budget allows
+    rows = read_metrics(folder)
+    assert [row["step"] for row in rows] == list(range(1, len(ran) + 1))
+    assert rows[-1]["epoch"] == json.loads((folder / "result.json").read_text())["epochs"]
+    assert {row["val_top1"] for row in rows} == {0.5}
     assert (found["rows"][0]["lr"], found["rows"][0]["weight_decay"]) == (0.1, 0.0)
     assert stage(found, "segments") == ["candidate-t3-s1", "candidate-t3-s2"]
     assert stage(found, "finalists") == ["finalist-t3-s2", "finalist-t3-s1"]

@@ -4,7 +4,7 @@ Paper's code: 40 runs over rates and decays, then up to 72 retrainings over how 
 Differs from the paper: pruning is searched one coordinate at a time (tokens, then segments of the
 survivors) with short runs that start from the trained prompts; only the best few are retrained in
 full. No pruning is always among the candidates. Ties go to fewer tuned parameters, then to the
-smaller rate and decay.
+lower validation loss, then to the smaller rate and decay.
 
 Every run is a folder of its own below `trials/`. What is finished there is not run again, so a
 search that was killed at any point goes on where it was.
@@ -53,7 +53,8 @@ def search(cfg: SearchConfig) -> Path:
     if not cfg.run.resume:
         save_json(stored, folder / "config.json")
     try:
-        log = RunLog(folder)
+        # Runs that are done are logged again, each once.
+        log = RunLog(folder, resume_step=-1 if is_done else 0)
         log.say(f"run folder {folder}")
         if is_done:
             log.say((folder / "table.md").read_text())

@@ -94,7 +94,7 @@ class Stages:
             cfg: what to search.
             folder: the trials go below `trials/` in it.
             setup: of `searchable`.
-            log: tells how far it is.
+            log: tells how far it is; a line for each trial, `step` counts them, `epoch` theirs.
         """
         self.cfg, self.options, self.log = cfg, cfg.search, log
         self.trials = Trials(folder / "trials")
@@ -102,6 +102,7 @@ class Stages:
         self.setup = replace(setup, splits=replace(setup.splits, test=None))
         self.final_setup = _final_setup(cfg, setup)
         self.stages: dict[str, list[Trial]] = {}
+        self.num_trials = self.num_epochs = 0
 
     def run(self) -> tuple[list[Row], dict[str, list[Trial]]]:
         """Every stage of every method, then the final runs.
@@ -207,6 +208,10 @@ class Stages:
         trial = self.trials.run(name, replace(cfg, run=run), setup or self.setup)
         if name not in (other.name for other in of_stage):
             of_stage.append(trial)
+            self.num_trials += 1
+            self.num_epochs += trial.cfg.optim.epochs
+            values = {**trial.result["metrics"], "trial_seconds": trial.seconds}
+            self.log.log(self.num_trials, self.num_epochs, values)
             scores = "  ".join(f"{k} {v:.4f}" for k, v in trial.result["metrics"].items())
             self.log.say(f"{stage}: {name}  {scores}{'  diverged' * trial.is_diverged}")
         return trial

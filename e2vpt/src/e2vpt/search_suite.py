@@ -1,7 +1,7 @@
 """A search over all tasks of VTAB-1k, each on its own, and the means beside the published ones."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
@@ -90,10 +90,17 @@ def search_suite(
     if missing:
         log.say(f"not there, left out: {', '.join(missing)}")
     found: dict[str, dict[str, Any]] = {}
-    for task, one in tasks:
+    epochs = 0
+    for count, (task, one) in enumerate(tasks, 1):
         log.say(f"task {task.folder}")
-        (folder / task.folder).mkdir(exist_ok=True)
-        found[task.folder] = search_one(one, folder / task.folder, log)
+        place = folder / task.folder
+        place.mkdir(exist_ok=True)
+        own = RunLog(place, resume_step=-1 if (place / "result.json").is_file() else 0)
+        found[task.folder] = search_one(one, place, own)
+        own.close()
+        result = json.loads((place / "result.json").read_text())
+        epochs += result["epochs"]
+        log.log(count, epochs, result["metrics"])
     accuracies = _accuracies(found)
     told = "\n\n".join(f"{label}\n{vtab.comparison(of)}" for label, of in accuracies.items())
     if missing:
@@ -101,6 +108,7 @@ def search_suite(
     text = json.dumps({"top1_percent": accuracies, "missing": missing, "tasks": found}, indent=1)
     write_text(text + "\n", folder / "search.json")
     write_text(told + "\n", folder / "table.md")
+    _picture(accuracies, folder / "search.png")
     log.say(told)
     _write_result(cfg, folder, list(found), accuracies[CHOSEN])
 
@@ -115,6 +123,30 @@ def _accuracies(found: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]
             if row["label"] == one["chosen"]:
                 accuracies[CHOSEN][name] = 100 * row["test_mean"]
     return accuracies
+
+
+def _picture(accuracies: Mapping[str, Mapping[str, float]], path: Path) -> None:
+    """Test accuracy of each task, a mark per label."""
+    from matplotlib.figure import Figure  # slow to import, and needed once at the end
+
+    names = list(accuracies[CHOSEN])
+    figure = Figure(figsize=(8, 1.5 + 0.3 * len(names)), layout="constrained")
+    axes = figure.add_subplot(xlabel="test top-1 (%)", xlim=(0, 100))
+    for label, of in accuracies.items():
+        is_chosen = label == CHOSEN
+        axes.plot(
+            list(of.values()),
+            [names.index(name) for name in of],
+            linestyle="",
+            marker="o" if is_chosen else "|",
+            markersize=6 if is_chosen else 12,
+            label=label,
+        )
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower left")
+    figure.savefig(path, dpi=120)
 
 
 def _write_result(
