@@ -21,6 +21,7 @@ from e2vpt.search_config import SearchConfig
 from e2vpt.search_suite import CHOSEN, suite_searches
 from e2vpt.train import Setup, prepare
 from shared_utils.config import load_json, save_json
+from shared_utils.run_log import read_metrics
 
 CLOCKS = {"seconds", "search_seconds", "final_seconds"}
 THREE = ("cifar", "oxford_flowers102", "kitti")
@@ -251,6 +252,10 @@ def test_both_means_stand_beside_the_published_ones(
     assert metrics["mean3"] == pytest.approx(0.5764, abs=1e-4)
     assert metrics["test_top1"] == pytest.approx(metrics["mean19"])
     assert read(folder / "result.json")["data"]["test_images"] == 19 * 7
+    rows = read_metrics(folder)
+    assert [row["step"] for row in rows] == list(range(1, 20))
+    assert rows[0]["test_top1"] == read(folder / "cifar" / "result.json")["metrics"]["test_top1"]
+    assert (folder / "search.png").stat().st_size > 1000
 
 
 # ---- what is refused before anything runs ---------------------------------------------------
