@@ -36,7 +36,7 @@ help: ## this list (also: make)
 		for (i = 1; i <= n; i++) printf i < n ? "  %s\n" : "  %-18s %s\n", names[i], $$2}' Makefile
 	@echo
 	@echo '  variables'
-	@echo '  RECIPE=NAME        another job for train-e2vpt; .venv/bin/e2vpt train --help lists them'
+	@echo '  RECIPE=NAME        another job for a train target; .venv/bin/e2vpt train --help lists them'
 	@echo '  ARGS="..."         more options for the command or for pytest: ARGS="--optim.lr 0.5"'
 	@echo '  NPROC=N            that many training processes, with torchrun (default 1)'
 	@echo '  PACKAGE=NAME       test-slow and test-gpu for one of: $(PACKAGES)'
@@ -53,6 +53,15 @@ ifeq ($(NPROC),1)
 else
 	$(BIN)/python -m torch.distributed.run --standalone --nproc-per-node=$(NPROC) \
 		-m e2vpt train $(or $(RECIPE),digits) $(ARGS)
+endif
+
+.PHONY: train-dnc-cls
+train-dnc-cls: $(STAMPS)/dnc ## train under a classifier without parameters, recipe digits
+ifeq ($(NPROC),1)
+	$(BIN)/dnc train $(or $(RECIPE),digits) $(ARGS)
+else
+	$(BIN)/python -m torch.distributed.run --standalone --nproc-per-node=$(NPROC) \
+		-m dnc train $(or $(RECIPE),digits) $(ARGS)
 endif
 
 .PHONY: bench bench-e2vpt
@@ -193,14 +202,14 @@ $(STAMPS)/shared_utils: shared_utils/pyproject.toml $(STAMPS)/torch
 	@$(UV_INSTALL) --constraint $(TORCH_CONSTRAINTS) --editable ./shared_utils
 	@touch $@
 
-$(STAMPS)/e2vpt: e2vpt/pyproject.toml $(STAMPS)/shared_utils
-	@echo '==> installing e2vpt'
-	@$(UV_INSTALL) --constraint $(TORCH_CONSTRAINTS) --editable ./shared_utils --editable ./e2vpt
+$(STAMPS)/e2vpt $(STAMPS)/dnc: $(STAMPS)/%: %/pyproject.toml $(STAMPS)/shared_utils
+	@echo '==> installing $*'
+	@$(UV_INSTALL) --constraint $(TORCH_CONSTRAINTS) --editable ./shared_utils --editable ./$*
 	@touch $@
 
-$(STAMPS)/dnc $(STAMPS)/yolop_mtl: $(STAMPS)/%: %/pyproject.toml constraints.txt $(STAMPS)/uv
-	@echo '==> installing $*'
-	@$(UV_INSTALL) --constraint constraints.txt --editable ./$*
+$(STAMPS)/yolop_mtl: yolop_mtl/pyproject.toml constraints.txt $(STAMPS)/uv
+	@echo '==> installing yolop_mtl'
+	@$(UV_INSTALL) --constraint constraints.txt --editable ./yolop_mtl
 	@touch $@
 
 $(STAMPS)/tools: constraints.txt $(STAMPS)/uv

@@ -1,6 +1,10 @@
-"""Deep Nearest Centroids (Wang et al., ICLR 2023, arXiv 2209.07383).
+"""Deep Nearest Centroids: a classifier without parameters, whose decisions name training images.
 
-Nothing is implemented yet; see README.md.
+Paper: Wang et al., "Visual Recognition with Deep Nearest Centroids", ICLR 2023, arXiv 2209.07383.
 """
 
+from dnc.assignment import sinkhorn
+from dnc.classifier import NearestCentroidHead
+
+__all__ = ["NearestCentroidHead", "sinkhorn"]
 __version__ = "0.0.1"
