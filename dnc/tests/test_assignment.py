@@ -1,4 +1,4 @@
-"""The transport plan against a loop over classes, numbers worked by hand, and the choice from it."""
+"""The transport plan against a loop over classes and numbers by hand, and the choice from it."""
 
 import math
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dnc import NearestCentroidHead
 from dnc.memory import Bank, Queue
 from shared_utils.errors import InputError
 
@@ -183,6 +184,35 @@ def test_an_emptied_bank_takes_no_room() -> None:
     file = io.BytesIO()
     torch.save(bank.state_dict(), file)
     assert len(file.getvalue()) < 10_000
+
+
+def step(head: NearestCentroidHead, number: int) -> None:
+    """A loss and an update with a batch of 20."""
+    features, labels, indices = batch(number, 20)
+    head.loss(features, labels, indices)
+    head.update()
+
+
+def test_a_bank_clusters_once_when_it_is_full() -> None:
+    torch.manual_seed(0)
+    head = NearestCentroidHead(CLASSES - 1, WIDTH, 2, memory="bank", memory_size=3)
+    step(head, 0)
+    seeds = head.centroids.clone()
+    for number in (1, 2):
+        assert torch.equal(head.centroids, seeds)
+        assert not head.updates.any()
+        assert not head.usage.any()
+        step(head, number)
+    assert head.updates.eq(1).all()
+    assert head.usage.sum() == 60
+    assert len(head.memory.features) == 0
+    after = head.centroids.clone()
+    for number in (3, 4):
+        step(head, number)
+        assert torch.equal(head.centroids, after)
+    step(head, 5)
+    assert head.updates.max() == 2
+    assert not torch.equal(head.centroids, after)
 
 
 @pytest.mark.parametrize("memory", [Queue(CLASSES, WIDTH, SIZE), Bank(WIDTH, 3)])

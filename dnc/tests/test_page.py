@@ -190,8 +190,8 @@ def test_the_rule_shows_as_many_digits_as_it_needs() -> None:
     near = explain([[0.712341, 0.1], [0.712339, 0.2], [0.0, 0.0]])
     assert "(0.712341) than" in str(short_rule(near))
     nearer = explain([[0.5 + 2**-24, 0.1], [0.5, 0.2], [0.0, 0.0]])
-    assert "(0.50000006) than" in str(short_rule(nearer))
-    assert "class b (0.50000000)" in str(short_rule(nearer))
+    assert "(0.5000001) than" in str(short_rule(nearer))
+    assert "class b (0.5000000)" in str(short_rule(nearer))
     assert "(0.7124) than" in str(short_rule(explain([[0.7124, 0.1], [0.7121, 0.2], [0.0, 0.0]])))
 
 

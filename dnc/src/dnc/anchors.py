@@ -155,7 +155,8 @@ def follow(
 def _pairs(similarity: np.ndarray, is_active: np.ndarray) -> Iterator[tuple[int, int]]:
     """(n, K) -> distinct (image, sub-centroid), the most similar first."""
     count = int(is_active.sum())
-    free_images, free_places = set(range(len(similarity))), set(np.flatnonzero(is_active))
+    free_images = set(range(len(similarity)))
+    free_places: set[int] = set(np.flatnonzero(is_active).tolist())
     # No more than `count` images of a column can matter: the others of them are taken at most.
     order = np.argsort(-similarity, axis=0, kind="stable")[:count]
     pairs = sorted((-similarity[i, k], int(i), int(k)) for k in free_places for i in order[:, k])

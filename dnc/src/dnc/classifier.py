@@ -358,4 +358,5 @@ class NearestCentroidHead(nn.Module):
 def _as_map(logits: Tensor, features: Tensor) -> Tensor:
     """(N H W, C) -> (N, C, H, W)."""
     n, _, h, w = features.shape
-    return logits.unflatten(0, (n, h, w)).movedim(-1, 1)
+    found: Tensor = logits.unflatten(0, (n, h, w)).movedim(-1, 1)
+    return found

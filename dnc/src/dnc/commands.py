@@ -174,7 +174,8 @@ def _require_unchanged(anchors: Anchors, train: ImageSet) -> None:
 
 def _wrong_first(classifier: NearestCentroidClassifier, images: ImageSet, count: int) -> list[int]:
     """Places of images, those decided wrongly first, otherwise in order."""
-    wrong, right = [], []
+    wrong: list[int] = []
+    right: list[int] = []
     for start in range(0, len(images), 64):
         places = range(start, min(start + 64, len(images)))
         z = classifier.embed(torch.stack([images[i][0] for i in places]))

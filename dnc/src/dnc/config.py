@@ -1,6 +1,7 @@
 """What a run of `dnc train` is made of: frozen dataclasses, their help texts under the fields."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,7 +14,9 @@ Head = Literal["dnc", "softmax", "cosine"]
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 
 
-def _check(group: str, config: Any, ranges: dict[str, tuple[float, float]], *positive: str) -> None:
+def _check(
+    group: str, config: Any, ranges: Mapping[str, tuple[float, float]], *positive: str
+) -> None:
     """Values within closed ranges; those named in `positive` are more than the lower end."""
     for name, (least, most) in ranges.items():
         value = getattr(config, name)
@@ -110,7 +113,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         """Check ranges."""
         counts = ("num_train", "num_val", "num_test", "resize", "num_workers", "limit")
-        ranges = dict.fromkeys(counts, (0, math.inf))
+        ranges: dict[str, tuple[float, float]] = dict.fromkeys(counts, (0, math.inf))
         ranges |= {"img_size": (8, math.inf), "batch_size": (1, math.inf), "erasing": (0, 1)}
         ranges |= {"mixup": (0, math.inf), "cutmix": (0, math.inf)}
         _check("data", self, ranges)
@@ -157,7 +160,7 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        ranges = dict.fromkeys(("lr", "epochs"), (0, math.inf))
+        ranges: dict[str, tuple[float, float]] = dict.fromkeys(("lr", "epochs"), (0, math.inf))
         ranges |= dict.fromkeys(("weight_decay", "warmup_epochs", "clip_grad"), (0, math.inf))
         ranges |= dict.fromkeys(("gamma", "final_lr", "label_smoothing"), (0, 1))
         ranges |= {"ema_decay": (0, 0.99999)}

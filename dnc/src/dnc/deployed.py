@@ -21,9 +21,16 @@ FIT_ROWS = 4096  # features at a time
 
 
 class Network(nn.Module):
-    """What trains: encoder and head, together, so that processes wait for each other once."""
+    """What trains: encoder and head, together, so that processes wait for each other once.
 
-    def __init__(self, encoder: nn.Module, head: nn.Module) -> None:
+    Attributes:
+        encoder: (B, 3, H, W) -> (B, D).
+        head: a `NearestCentroidHead`, or a learned one under the same calls.
+    """
+
+    head: Any
+
+    def __init__(self, encoder: nn.Module, head: Any) -> None:
         """Put them together."""
         super().__init__()
         self.encoder, self.head = encoder, head

@@ -103,7 +103,7 @@ def _from_timm(name: str, img_size: int, pretrained: bool) -> tuple[nn.Module, i
         raise InputError("model.encoder", name, "a timm name", near_miss(name, known))
     size: dict[str, Any] = {"img_size": img_size} if "swin" in name or "vit" in name else {}
     try:
-        network = timm.create_model(name, pretrained=pretrained, num_classes=0, **size)
+        network: Any = timm.create_model(name, pretrained=pretrained, num_classes=0, **size)
     except (RuntimeError, OSError) as error:
         raise _no_weights(name, error) from error
     return network, int(network.num_features)

@@ -1,6 +1,7 @@
 """Optimisers, and learning rates as a plain function of the step."""
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,12 +16,13 @@ def build_optimizer(cfg: OptimConfig, network: nn.Module) -> torch.optim.Optimiz
 
     With `decay_norms` off, norms, biases and position tables are not decayed.
     """
-    plain, decayed = [], []
+    plain: list[nn.Parameter] = []
+    decayed: list[nn.Parameter] = []
     for name, parameter in network.named_parameters():
         is_plain = parameter.ndim < 2 or name.endswith(POSITIONS)
         (plain if is_plain and not cfg.decay_norms else decayed).append(parameter)
-    groups = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
-    groups = [group for group in groups if group["params"]]
+    every: list[dict[str, Any]] = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
+    groups = [group for group in every if group["params"]]
     if cfg.optimizer == "sgd":
         return torch.optim.SGD(
             groups,

@@ -43,8 +43,8 @@ def anchors(found: Anchors, images: ImageSet, class_names: Sequence[str], path: 
     wide = math.ceil(rows / 10)
     figure = Figure(figsize=(wide * (1.2 + columns), 0.4 + min(rows, 10)), layout="constrained")
     grid = figure.subplots(min(rows, 10), wide * columns, squeeze=False)
-    for axes in grid.flat:
-        axes.axis("off")
+    for cell in grid.flat:
+        cell.axis("off")
     for c in range(rows):
         for k, index in enumerate(found.indices[c]):
             axes: Any = grid[c % 10, c // 10 * columns + k]

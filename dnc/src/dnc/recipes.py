@@ -26,7 +26,6 @@ DIGITS = TrainConfig(
     run=RunConfig(precision="bf16-mixed"),
 )
 
-_CIFAR_STEPS = {"epochs": 200, "schedule": "step"}
 CIFAR10 = TrainConfig(
     recipe="cifar10-resnet50",
     about="the paper's protocol, 200 epochs; hours on a GPU",
@@ -39,7 +38,9 @@ CIFAR10 = TrainConfig(
         std=(0.202300, 0.199400, 0.201000),
         batch_size=128,
     ),
-    optim=OptimConfig(lr=0.1, weight_decay=1e-4, milestones=(100, 150), **_CIFAR_STEPS),
+    optim=OptimConfig(
+        lr=0.1, weight_decay=1e-4, epochs=200, schedule="step", milestones=(100, 150)
+    ),
 )
 CIFAR100 = TrainConfig(
     recipe="cifar100-resnet50",
@@ -52,7 +53,12 @@ CIFAR100 = TrainConfig(
         std=(0.267334, 0.256438, 0.276151),
     ),
     optim=OptimConfig(
-        lr=0.1, weight_decay=5e-4, milestones=(60, 120, 160), gamma=0.2, **_CIFAR_STEPS
+        lr=0.1,
+        weight_decay=5e-4,
+        epochs=200,
+        schedule="step",
+        milestones=(60, 120, 160),
+        gamma=0.2,
     ),
 )
 IMAGES = TrainConfig(

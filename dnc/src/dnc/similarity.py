@@ -35,8 +35,8 @@ def max_similarity(z: Tensor, centroids: Tensor, chunk: int = CHUNK) -> tuple[Te
     Returns: cosines (N, C), and the number of the nearest sub-centroid (N, C), uint8 or int16.
     """
     with torch.autocast(z.device.type, enabled=False):
-        cosines, nearest = _MaxSimilarity.apply(z, centroids, chunk)
-    return cosines, nearest
+        found: tuple[Tensor, Tensor] = _MaxSimilarity.apply(z, centroids, chunk)  # type: ignore[no-untyped-call]
+    return found
 
 
 def all_similarity(z: Tensor, centroids: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ class _MaxSimilarity(torch.autograd.Function):
         return cosines, nearest
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
         centroids, nearest = ctx.saved_tensors
         num_classes, num_centroids, width = centroids.shape

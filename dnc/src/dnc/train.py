@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms import v2
 
-from dnc import model_io, pictures
+from dnc import model_io, pictures, processes
 from dnc.anchors import Anchors
 from dnc.classifier import NearestCentroidHead
 from dnc.collapse import collapse_metrics
@@ -152,8 +152,8 @@ class _Training:
                     log.log(self.step, self.epoch, values)
                     self._save(log, scores.get("val_top1"))
             extra = self.deployed.finish()
-            for split, images in (("val", splits.val), ("test", splits.test)):
-                scores |= self.deployed.scores(split, images, self._remedy)
+            for split, part in (("val", splits.val), ("test", splits.test)):
+                scores |= self.deployed.scores(split, part, self._remedy)
             log.close()
             if fabric.is_global_zero:
                 self._write(scores, extra, images_per_second=seen / seconds if seconds else 0.0)
@@ -169,7 +169,7 @@ class _Training:
         if self.is_dnc:
             before = head.centroids.clone()
             head.reset_usage()
-        total: dict[str, Tensor] = {}
+        total: dict[str, float] = {}
         images = 0
         for batch, labels, indices in self.loader:
             lr = lr_at(cfg, self.step, len(self.loader))
@@ -180,19 +180,16 @@ class _Training:
             images += len(labels)
             for name, value in terms.items():
                 total[name] = total.get(name, 0.0) + value * len(labels)
-            loss = float(sum(terms.values()))
+            loss = sum(terms.values())
             bar.tick(f"epoch {epoch + 1}/{cfg.epochs} loss {loss:.3f}")
-        counted = torch.tensor(float(images), device=self.fabric.device)
-        counted = self.fabric.all_reduce(counted, reduce_op="sum")
-        means = {
-            name: float(self.fabric.all_reduce(value, reduce_op="sum") / counted)
-            for name, value in total.items()
-        }
+        mine = torch.tensor([*total.values(), float(images)], device=self.fabric.device)
+        *sums, count = processes.reduce(mine, "sum").tolist()
+        means = {name: value / count for name, value in zip(total, sums, strict=True)}
         if self.is_dnc:
             means |= collapse_metrics(head, before)
-        return means, int(counted)
+        return means, int(count)
 
-    def _step(self, images: Tensor, labels: Tensor, indices: Tensor) -> dict[str, Tensor]:
+    def _step(self, images: Tensor, labels: Tensor, indices: Tensor) -> dict[str, float]:
         """One optimiser step, then the sub-centroids; returns the loss terms."""
         fabric = self.fabric
         images, labels, indices = (
@@ -218,7 +215,7 @@ class _Training:
             fabric.clip_gradients(self.model, self.optimizer, max_norm=self.cfg.optim.clip_grad)
         self.optimizer.step()
         self.deployed.after_step()
-        return {name: term.detach() for name, term in terms.items()}
+        return {name: float(term.detach()) for name, term in terms.items()}
 
     def _require_finite(self) -> None:
         """Stop before what an update has ruined takes the place of the last good checkpoint."""
@@ -315,8 +312,8 @@ class _Training:
         classifier = self.deployed.classifier
         model_io.save(classifier, self.folder, cfg.model, cfg.data)
         plot_curves(self.folder, CURVES)
-        if splits.test is not None or splits.val is not None:
-            shown = splits.test or splits.val
+        shown = splits.test or splits.val
+        if shown is not None:
             features, labels = self.deployed.embedded(shown)
             with torch.no_grad():
                 logits = classifier.head(features.to(self.fabric.device)).cpu()
