@@ -37,11 +37,9 @@ def explain(
 ) -> Explanation:
     """The explanation that follows from the cosines (C, K) to all anchors.
 
-    `fields` with a name of `Anchor` hold for all anchors, the others for the explanation; worked
-    out here in another way than by the command.
+    Of `fields`, `class_name` and `path` hold for all anchors, the others for the explanation.
     """
-    of_anchor = {k: v for k, v in fields.items() if k in ("class_name", "path", "image_of")}
-    of_anchor.pop("image_of", None)
+    of_anchor = {k: v for k, v in fields.items() if k in ("class_name", "path")}
     rows = [
         sorted((anchor(c, k, s, **of_anchor) for k, s in enumerate(row)), key=lambda a: -a.cosine)
         for c, row in enumerate(cosines)
