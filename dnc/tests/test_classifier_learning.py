@@ -175,8 +175,10 @@ def test_one_sub_centroid_without_momentum_is_the_mean() -> None:
 # ---- options ----
 
 
-def test_classes_have_no_more_places_than_samples() -> None:
-    head, features = build(3, k=4), F.normalize(torch.randn(9, WIDTH), dim=1)
+@pytest.mark.parametrize("assignment", ["sinkhorn", "gumbel"])
+def test_classes_have_no_more_places_than_samples(assignment: Any) -> None:
+    head = build(3, k=4, assignment=assignment)
+    features = F.normalize(torch.randn(9, WIDTH), dim=1)
     labels = torch.tensor([0, 1, 1, 2, 2, 2, 2, 2, 2])
     head.limit_places(torch.bincount(labels))
     for _ in range(5):
@@ -204,6 +206,7 @@ def test_a_dead_sub_centroid_moves_to_the_least_similar_sample() -> None:
         assert head.idle[0].tolist() == [0, number + 1]
     features, labels = alike(4)
     features[2] += torch.eye(WIDTH)[1]  # at 45 degrees to all others
+    head.updates[0, 1] = 7  # as if it had lived once
     step(head, features, labels)
     expected = F.normalize(features, dim=1)[2]
     torch.testing.assert_close(head.centroids[0, 1], expected, rtol=0, atol=1e-6)

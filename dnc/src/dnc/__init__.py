@@ -5,6 +5,7 @@ Paper: Wang et al., "Visual Recognition with Deep Nearest Centroids", ICLR 2023,
 
 from dnc.assignment import sinkhorn
 from dnc.classifier import NearestCentroidHead
+from dnc.fit import fit
 
-__all__ = ["NearestCentroidHead", "sinkhorn"]
+__all__ = ["NearestCentroidHead", "fit", "sinkhorn"]
 __version__ = "0.0.1"
