@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from dnc import NearestCentroidHead, sinkhorn
 from dnc.centroids import pick_lowest
-from dnc.processes import rank, reduce, world_size
+from dnc.processes import alone, rank, reduce, world_size
 
 CLASSES, WIDTH, K, STEPS = 4, 6, 3, 10
 
@@ -101,7 +101,18 @@ def sums() -> dict[str, Tensor]:
         "max": reduce(own.clone(), "max"),
         "min": reduce(own.clone(), "min"),
         "rank": torch.tensor([rank(), world_size()]),
+        **by_itself(own.clone()),
     }
+
+
+def by_itself(own: Tensor) -> dict[str, Tensor]:
+    """The same where the others do nothing: in turn, so that waiting for them would be seen."""
+    found = {"own": own}
+    if rank() == 1 or world_size() == 1:
+        with alone():
+            found["by itself"] = reduce(own.clone(), "sum")
+            found["alone"] = torch.tensor([rank(), world_size()])
+    return found
 
 
 def work(own_rank: int, folder: Path) -> None:
@@ -156,6 +167,9 @@ def test_sums_maxima_and_minima(pair: Results) -> None:
         assert found["max"].tolist() == [3.0, -2.0, 5.0]
         assert found["min"].tolist() == [1.0, -7.0, 4.0]
         assert found["rank"].tolist() == [own_rank, 2]
+    second = pair[1]["sums"]
+    assert torch.equal(second["by itself"], second["own"])
+    assert second["alone"].tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("name", SCENARIOS)

@@ -179,7 +179,7 @@ def split_pools(pools: Mapping[str, Pool], cfg: DataConfig) -> dict[str, Pool]:
         num_test = cfg.num_test if wants_test else 0
         num_train = cfg.num_train or len(train) - num_val - num_test
         if wants_test and cfg.num_train and not cfg.num_test:
-            num_test = len(train) - num_train - num_val
+            num_test = max(0, len(train) - num_train - num_val)
         if num_train < 1 or num_train + num_val + num_test > len(train):
             raise InputError(
                 "data.num_train, num_val and num_test",
