@@ -80,7 +80,7 @@ def seed(centroids: Tensor, seeded: Tensor, active: Tensor, z: Tensor, labels: T
     to_mean = (z * F.normalize(mean, dim=1)[labels]).sum(dim=1)
     closest = torch.einsum("nd,nkd->nk", z, points[labels])
     closest = closest.masked_fill(~taken[labels], -math.inf).amax(dim=1)
-    out = torch.zeros(len(z), dtype=torch.bool, device=z.device)
+    out = z.norm(dim=1) == 0  # features of nothing but zeros have no direction
     for _ in range(num_centroids):
         is_first = ~taken.any(dim=1)[labels]
         score = torch.where(is_first, -to_mean, closest)

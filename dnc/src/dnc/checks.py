@@ -1,5 +1,6 @@
 """What the head takes: ranges of its options, shapes, labels, finite numbers."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, get_args
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dnc.assignment import Assignment
+from dnc.processes import reduce
 from shared_utils.errors import InputError, near_miss
 
 # Name -> smallest, whether that is still allowed, first value that is not.
@@ -22,6 +24,7 @@ _RANGES: dict[str, tuple[float, bool, float]] = {
     "reseed_after": (0, True, float("inf")),
     "correct_only_after": (-1, True, float("inf")),
 }
+_FRACTIONS = ("momentum", "temperature", "epsilon")
 _CHOICES: dict[str, tuple[str, ...]] = {
     "memory": ("queue", "batch", "bank"),
     "assignment": get_args(Assignment),
@@ -33,6 +36,10 @@ def check_head(options: Mapping[str, Any]) -> None:
     """Raises: InputError for the first option of `NearestCentroidHead` that is out of range."""
     for name, (least, is_allowed, end) in _RANGES.items():
         value = options[name]
+        kind = float if name in _FRACTIONS else int
+        if isinstance(value, bool) or not isinstance(value, (int, kind)):
+            told = "a number" if kind is float else "a whole number"
+            raise InputError(name, repr(value), told, "correct it")
         if not (least < value < end or (is_allowed and value == least)):
             expected = f"{least} or more" if is_allowed else f"more than {least}"
             expected += f" and less than {end}" * (end != float("inf"))
@@ -93,13 +100,36 @@ def check_map(labels: Tensor, features: Tensor) -> None:
     )
 
 
+def check_indices(indices: Tensor | None, features: Tensor) -> Tensor:
+    """The place in the data set of each feature vector, -1 where unknown.
+
+    Args:
+        indices: one for each vector (N, D), or for each picture of maps (N, D, H, W).
+        features: what they belong to.
+
+    Raises: InputError unless there are as many.
+    """
+    count, *size = len(features), *features.shape[2:]
+    if indices is None:
+        indices = torch.full((count,), -1, device=features.device)
+    if tuple(indices.shape) != (count,):
+        raise InputError(
+            "indices", f"shape {tuple(indices.shape)}", f"({count},)", "give one for each sample"
+        )
+    return indices.repeat_interleave(math.prod(size)) if size else indices
+
+
 def check_finite(features: Tensor) -> None:
-    """Raises: InputError where a feature vector holds NaN or infinity."""
-    is_good = torch.isfinite(features).all(dim=1)
-    if not bool(is_good.all()):
+    """Raises: InputError in all processes where a feature vector of one is NaN or infinite.
+
+    One that stopped alone would leave the others waiting for it.
+    """
+    bad = (~torch.isfinite(features)).any(dim=1).sum()
+    counts = reduce(torch.stack([bad, torch.full_like(bad, len(features))]), "sum")
+    if bool(counts[0]):
         raise InputError(
             "features",
-            f"NaN or infinity in {int((~is_good).sum())} of {len(features)} vectors",
+            f"NaN or infinity in {int(counts[0])} of {int(counts[1])} vectors",
             "finite numbers",
             "lower the learning rate, or run in float32",
         )

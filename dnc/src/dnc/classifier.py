@@ -6,7 +6,7 @@ Paper: "Visual Recognition with Deep Nearest Centroids", W. Wang, C. Han, T. Zho
 Shapes: N samples (or pixels), D width of the embedding, C classes, K sub-centroids of a class.
 """
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,16 @@ from torch.nn import functional as F
 
 from dnc import centroids as points_of
 from dnc.assignment import Assignment, assign
-from dnc.checks import check_features, check_finite, check_head, check_labels, check_map
+from dnc.checks import (
+    check_features,
+    check_finite,
+    check_head,
+    check_indices,
+    check_labels,
+    check_map,
+)
 from dnc.memory import Bank, Queue
-from dnc.processes import reduce
+from dnc.processes import reduce, world_size
 from dnc.similarity import all_similarity, max_similarity, normalized, own_similarity
 from shared_utils.errors import InputError
 
@@ -101,7 +108,8 @@ class NearestCentroidHead(nn.Module):
             temperature: cosines are divided by it, more than 0.
             memory: what is clustered with a batch: the last features of each class (`queue`),
                 nothing (`batch`), or nothing until `memory_size` batches are there (`bank`).
-            memory_size: features per class (`queue`) or batches (`bank`); 0 means `batch`.
+            memory_size: features per class (`queue`), shared by the processes there are now, or
+                batches (`bank`); 0 means `batch`.
             epsilon: of `sinkhorn`.
             num_iters: of `sinkhorn`.
             warm_start: the first update replaces the position, the following are a running mean
@@ -109,8 +117,8 @@ class NearestCentroidHead(nn.Module):
             assignment: `sinkhorn`, or the ancestors' `gumbel`, which makes sub-centroids collapse.
             reseed_after: a sub-centroid that got nothing in so many updates of its class is put
                 onto the sample least similar to any of them; 0 switches this off.
-            correct_only_after: from the update of this number on only samples that are classified
-                correctly count; -1 for never.
+            correct_only_after: once a sub-centroid has moved so often only samples that are
+                classified correctly count; -1 for never.
             logit_norm: `standard` normalises each sample's cosines over the classes instead of
                 the temperature, `affine` with weights that train.
             ignore_index: label of samples that are left out.
@@ -135,7 +143,7 @@ class NearestCentroidHead(nn.Module):
             self.register_buffer(name, torch.zeros(shape, dtype=torch.int64))
         self.memory: Queue | Bank | None = None
         if memory == "queue":
-            self.memory = Queue(num_classes, embed_dim, memory_size)
+            self.memory = Queue(num_classes, embed_dim, -(-memory_size // world_size()))
         elif memory == "bank":
             self.memory = Bank(embed_dim, memory_size)
         self.norm = nn.LayerNorm(num_classes) if logit_norm == "affine" else None
@@ -182,7 +190,7 @@ class NearestCentroidHead(nn.Module):
             features: (N, D) or (N, D, H, W).
             labels: (N,) or (N, H, W) int64 in [0, C) or `ignore_index`; or soft, (N, C) float, of
                 which samples with more than half of one class take part in the update.
-            indices: (N,) int64, places of the samples in their data set.
+            indices: (N,) int64, places of the samples in their data set; of maps, of each picture.
 
         Returns: `loss_dnc`, a scalar: the mean over what is not ignored; 0 where all is.
         Raises: InputError for shapes that do not fit or labels out of range.
@@ -194,7 +202,7 @@ class NearestCentroidHead(nn.Module):
         z = normalized(rows)
         kept, has_class = None, None
         if self.training and torch.is_grad_enabled():
-            kept, has_class = self._kept(z.detach(), targets, indices)
+            kept, has_class = self._kept(z.detach(), targets, check_indices(indices, features))
         points = self.centroids
         if kept is not None and bool((self.active & ~self.seeded).any()):
             z_of, labels_of = kept.z.float(), kept.labels
@@ -247,6 +255,10 @@ class NearestCentroidHead(nn.Module):
 
         Raises: InputError naming the first class without any.
         """
+        if tuple(counts.shape) != (self.num_classes,):
+            raise InputError(
+                "counts", tuple(counts.shape), f"({self.num_classes},)", "count each class"
+            )
         if not bool((counts > 0).all()):
             missing = int((counts == 0).int().argmax())
             raise InputError(
@@ -257,6 +269,9 @@ class NearestCentroidHead(nn.Module):
             )
         places = torch.arange(self.num_centroids, device=counts.device)
         self.active.copy_(places < counts[:, None])
+        self.seeded &= self.active
+        spare = self.seeded[:, :1] & ~self.seeded
+        self.centroids.copy_(torch.where(spare[..., None], self.centroids[:, :1], self.centroids))
 
     def drop_pending(self) -> None:
         """Forget the samples of the losses since the last update."""
@@ -318,6 +333,14 @@ class NearestCentroidHead(nn.Module):
         # Of a half-precision memory the length is 1 to rounding only.
         points[found, dead.int().argmax(dim=1)[found]] = F.normalize(features[found], dim=1)
 
+    def _apply(self, *args: Any, **kwargs: Any) -> "NearestCentroidHead":
+        """Move to a device, but stay in float32: `.half()` and the like are for weights."""
+        exact = self.centroids
+        super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        if self.centroids.dtype != torch.float32:
+            self.centroids = exact.to(self.centroids.device)
+        return self
+
     def _rows(self, features: Tensor) -> Tensor:
         """(N, D) or (N, D, H, W) -> (N, D) or (N H W, D)."""
         check_features(features, self.embed_dim)
@@ -333,16 +356,14 @@ class NearestCentroidHead(nn.Module):
             logits: Tensor = self.norm(cosines)
         return logits
 
-    def _kept(self, z: Tensor, targets: Tensor, indices: Tensor | None) -> tuple[_Pending, Tensor]:
+    def _kept(self, z: Tensor, targets: Tensor, indices: Tensor) -> tuple[_Pending, Tensor]:
         """The samples that have one class, or one that dominates, and which these are."""
         if targets.is_floating_point():
             share, labels = targets.max(dim=1)
             has_class = share > DOMINANT
         else:
             labels, has_class = targets, targets != self.ignore_index
-        if indices is None:
-            indices = torch.full_like(labels, -1)
-        kept = _Pending(z[has_class], labels[has_class], indices.flatten()[has_class])
+        kept = _Pending(z[has_class], labels[has_class], indices[has_class])
         return kept, has_class
 
     def _take(self) -> _Pending:

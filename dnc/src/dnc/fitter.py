@@ -57,7 +57,8 @@ class CentroidFitter:
         """
         check_features(features, self.first.shape[2])
         check_labels(labels, len(features), self.num_classes, NONE)
-        check_finite(features)
+        with alone():
+            check_finite(features)
         z = normalized(features)
         order = labels.argsort(stable=True)
         z, labels = z[order], labels[order]

@@ -283,7 +283,8 @@ class _Training:
         processes, size = state["processes"], self.fabric.world_size
         is_same = len(processes) == size
         mine = processes[self.fabric.global_rank if is_same else 0]
-        memory = {name: torch.zeros_like(t) for name, t in mine["memory"].items()}
+        fresh = self.network.state_dict()
+        memory = {name: t for name, t in fresh.items() if name.startswith(MEMORY)}
         self.network.load_state_dict({**state["model"], **(mine["memory"] if is_same else memory)})
         if self.deployed.average is not None:
             self.deployed.average.load_state_dict(state["average"])
