@@ -42,7 +42,8 @@ def max_similarity(z: Tensor, centroids: Tensor, chunk: int = CHUNK) -> tuple[Te
 def all_similarity(z: Tensor, centroids: Tensor) -> Tensor:
     """Cosines (N, C, K), rounded as in `max_similarity`; not for training, and not in parts."""
     with torch.autocast(z.device.type, enabled=False):
-        return _cosines(z, centroids.flatten(0, 1)).unflatten(1, centroids.shape[:2])
+        found: Tensor = _cosines(z, centroids.flatten(0, 1)).unflatten(1, centroids.shape[:2])
+    return found
 
 
 def own_similarity(z: Tensor, labels: Tensor, centroids: Tensor, chunk: int = CHUNK) -> Tensor:
