@@ -64,10 +64,12 @@ else
 		-m dnc train $(or $(RECIPE),digits) $(ARGS)
 endif
 
-.PHONY: bench bench-e2vpt
-bench: bench-e2vpt ## all benchmarks; each writes bench/NAME.json and prints its table
+.PHONY: bench bench-e2vpt bench-dnc
+bench: bench-e2vpt bench-dnc ## all benchmarks; each writes bench/NAME.json and prints its table
 bench-e2vpt: $(STAMPS)/e2vpt ## E2VPT against full fine-tuning and the plain backbone
 	$(BIN)/e2vpt bench $(ARGS)
+bench-dnc: $(STAMPS)/dnc ## DNC against softmax and a loop over classes
+	$(BIN)/dnc bench $(ARGS)
 
 ## tests and checks ---------------------------------------------------------------------------
 

@@ -103,11 +103,18 @@ def _explain(argv: Sequence[str]) -> None:
     print(f"{count} images: {cfg.output}, {cfg.output.with_suffix('.json')}")
 
 
+def _bench(argv: Sequence[str]) -> None:
+    from dnc.bench import BenchConfig, bench
+
+    bench(parse(BenchConfig, argv, prog="dnc bench", about=BenchConfig.__doc__ or ""))
+
+
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "train": (_train, "train an encoder under sub-centroids, softmax or cosine"),
     "fit": (_fit, "turn a trained network into a classifier, without training"),
     "evaluate": (_evaluate, "measure a run again, on other data, or against unknown images"),
     "explain": (_explain, "name the training images behind a decision"),
+    "bench": (_bench, "time and memory against a softmax head and a loop over classes"),
 }
 
 
