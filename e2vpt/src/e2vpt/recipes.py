@@ -7,7 +7,7 @@ from e2vpt.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainC
 from e2vpt.search_config import SearchConfig, SearchOptions
 
 # The embedded default: scikit-learn's real digits on the micro ViT, both inside the packages.
-# Prompts want large rates, and 800 images want crops. Prompts and rate were chosen on the validation
+# Prompts want large rates, and 800 images want crops. Prompts and rate were chosen on validation
 # images, see the README's results. Expected: test_top1 0.98.
 DIGITS = TrainConfig(
     recipe="digits",
