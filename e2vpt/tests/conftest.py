@@ -78,7 +78,22 @@ def digits_run(tmp_path_factory: pytest.TempPathFactory, quick: list[str]) -> Pa
     from e2vpt.cli import main
 
     runs = tmp_path_factory.mktemp("runs")
-    assert main(["train", "digits", "--runs-dir", str(runs), "--name", "done", *quick]) == 0
+    assert (
+        main(
+            [
+                "train",
+                "digits",
+                "--runs-dir",
+                str(runs),
+                "--name",
+                "done",
+                *quick,
+                "--optim.lr",
+                "0.05",
+            ]
+        )
+        == 0
+    )
     return runs / "e2vpt" / "done"
 
 

@@ -252,7 +252,7 @@ def test_a_run_must_be_named(
 def test_help_shows_the_defaults_of_the_run(
     digits_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for argv, epochs in (([], 70), ([str(digits_run)], 2)):
+    for argv, epochs in (([], 50), ([str(digits_run)], 2)):
         with pytest.raises(SystemExit) as stop:
             main(["prune", *argv, "--help"])
         assert stop.value.code == 0
