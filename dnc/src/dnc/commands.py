@@ -19,6 +19,7 @@ from dnc.data import DataSplits, ImageSet, load_data
 from dnc.devices import launch_fabric
 from dnc.evaluate import embed_set, evaluate, unknown_auroc
 from dnc.explain import explain_features, explainable, num_comparisons
+from dnc.fit_run import FitConfig
 from dnc.model import NearestCentroidClassifier
 from dnc.page import Anchor, Explanation, explanation_dict, render_explanations
 from dnc.sources import to_rgb
@@ -46,7 +47,7 @@ def evaluate_run(
 
     Raises: InputError for a split or classes that are not there.
     """
-    cfg = load_json(TrainConfig, run / "config.json")
+    cfg = _config(run)
     classifier = model_io.load(run)
     fabric = launch_fabric(RunConfig(accelerator=accelerator, precision=cfg.run.precision))
     classifier.to(fabric.device)
@@ -87,7 +88,7 @@ def explain_run(
     Raises: InputError where the run cannot be explained, its training images have changed, or an
         image cannot be read; nothing is written then.
     """
-    cfg = load_json(TrainConfig, run / "config.json")
+    cfg = _config(run)
     classifier = model_io.load(run)
     anchors = explainable(classifier)
     splits = load_data(cfg.data, seed=cfg.run.seed)
@@ -142,6 +143,14 @@ def explain_run(
     write_text(json.dumps(data, indent=1) + "\n", output.with_suffix(".json"))
     write_text(page, output)
     return len(found)
+
+
+def _config(run: Path) -> TrainConfig:
+    """Of `dnc train` or `dnc fit`."""
+    path = run / "config.json"
+    with reading(path, "a run folder's config.json"):
+        is_fit = "fit" in json.loads(path.read_text())
+    return load_json(FitConfig if is_fit else TrainConfig, path)
 
 
 def _part(splits: DataSplits, name: str) -> ImageSet:

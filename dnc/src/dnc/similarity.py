@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 # Cosines held at once. More is not faster on any device; all of them are N C K numbers.
 CHUNK = 2**24
-FEWEST = 16  # columns of a product
+WIDTH = 192  # columns of a product, a multiple of those that processors handle at once
 
 
 def normalized(features: Tensor) -> Tensor:
@@ -99,11 +99,13 @@ class _MaxSimilarity(torch.autograd.Function):
 def _cosines(z: Tensor, points: Tensor) -> Tensor:
     """(N, D) and (M, D) -> (N, M).
 
-    Of very few columns a product is computed another way and rounded otherwise; scores are not to
-    change when classes come and go.
+    Scores are not to change when classes come and go. How a product is rounded depends on its size
+    and on how threads share it, so all are of one width.
     """
-    padding = max(0, FEWEST - len(points))
-    return (z @ F.pad(points, (0, 0, 0, padding)).T)[:, : len(points)]
+    *whole, last = points.split(WIDTH)
+    padded = F.pad(last, (0, 0, 0, WIDTH - len(last)))
+    parts = [z @ block.T for block in (*whole, padded)]
+    return torch.cat(parts, dim=1)[:, : len(points)]
 
 
 def _classes(num_samples: int, num_classes: int, num_centroids: int, chunk: int) -> list[slice]:
