@@ -154,8 +154,8 @@ def fit_sides() -> dict[str, Callable[[], Any]]:
 
 
 def race(
-    sides: Mapping[str, Callable[[], object]], repeats: int, device: torch.device
-) -> dict[str, float]:
+    sides: Mapping[Any, Callable[[], object]], repeats: int, device: torch.device
+) -> dict[Any, float]:
     """Median seconds of each side, run in turn after two warm-up rounds."""
 
     def timed(step: Callable[[], object]) -> float:
@@ -210,7 +210,7 @@ def rows_of(cfg: BenchConfig, device: torch.device) -> list[Row]:
     rows: list[Row] = []
 
     def ratio(
-        name: str, sides: Mapping[str, Callable[[], object]], target: float, what: str
+        name: str, sides: Mapping[Any, Callable[[], object]], target: float, what: str
     ) -> None:
         seconds = race(sides, cfg.repeats, device)
         (one, a), (other, b) = seconds.items()
