@@ -51,6 +51,9 @@ def test_the_run_folder(digits_run: Path) -> None:
     for key in ("loss_dnc", "lr", "val_loss", "val_top1", "centroid_cosine", "centroid_usage",
                 "centroid_unused", "centroid_movement", "centroid_purity"):  # fmt: skip
         assert key in rows[-1]
+    watched = {name for name in rows[-1] if name.startswith("centroid_")}
+    assert result["collapse"].keys() == watched
+    assert result["collapse"]["centroid_cosine"] == rows[-1]["centroid_cosine"]
     state = checkpoint.load(digits_run / "last.ckpt")  # opens weights-only
     assert state["epoch"] == 2
 
