@@ -79,6 +79,15 @@ def test_a_small_image_leaves_what_is_no_resnet_alone() -> None:
     assert network.stem.conv.stride == (2, 2)
 
 
+@pytest.mark.parametrize(
+    ("name", "is_last"), [("resnet18", True), ("swin_tiny_patch4_window7_224", False)]
+)
+def test_convolutions_alone_have_their_channels_last(name: str, is_last: bool) -> None:
+    network: Any = build_encoder(name, img_size=64 if is_last else 224).network
+    weight = network.layer1[0].conv1.weight if is_last else network.patch_embed.proj.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last) == is_last
+
+
 def test_a_norm_belongs_to_the_encoder() -> None:
     torch.manual_seed(0)
     encoder = build_encoder("resnet18", img_size=32, embed_norm=True).eval()
