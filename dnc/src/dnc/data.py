@@ -252,7 +252,7 @@ def _drawing(seed: int) -> Iterator[None]:
 
     Ten times quicker than torch.random.fork_rng and torch.manual_seed, which visit all devices.
     """
-    generator = torch.random.default_generator
+    generator = torch.default_generator
     state = generator.get_state()
     generator.manual_seed(seed)
     try:
