@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dnc.checks import check_labels
+from dnc.checks import check_features, check_labels
 from dnc.classifier import NearestCentroidHead
 from dnc.config import ModelConfig
+from shared_utils.errors import InputError
 
 IGNORED = -100
 
@@ -25,16 +26,22 @@ class SoftmaxHead(nn.Module):
         self.linear = nn.Linear(embed_dim, num_classes)
 
     def forward(self, features: Tensor) -> Tensor:
-        """(N, D) -> logits (N, C)."""
+        """(N, D) -> logits (N, C).  Raises: InputError for another shape."""
+        check_features(features, self.embed_dim)
         logits: Tensor = self.linear(features.to(self.linear.weight.dtype))  # of bf16 encoders too
         return logits
 
     def loss(
         self, features: Tensor, labels: Tensor, indices: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """`loss_ce`, for (N,) or soft (N, C) labels; `indices` are not used."""
+        """`loss_ce`, for (N,) or soft (N, C) labels; `indices` are not used.
+
+        Raises: InputError for shapes that do not fit or labels out of range.
+        """
+        logits = self(features).float()
         check_labels(labels, len(features), self.num_classes, IGNORED)
-        return {"loss_ce": F.cross_entropy(self(features).float(), labels)}
+        targets = labels.to(logits.dtype) if labels.is_floating_point() else labels
+        return {"loss_ce": F.cross_entropy(logits, targets)}
 
     def update(self) -> None:
         """Nothing: it learns by gradient."""
@@ -47,13 +54,16 @@ class CosineHead(SoftmaxHead):
     """Cosines to one learned vector per class, divided by a fixed temperature."""
 
     def __init__(self, num_classes: int, embed_dim: int, temperature: float) -> None:
-        """Build; `temperature` as in `NearestCentroidHead`."""
+        """Build; `temperature` as in `NearestCentroidHead`.  Raises: InputError unless above 0."""
         super().__init__(num_classes, embed_dim)
+        if not temperature > 0:
+            raise InputError("temperature", temperature, "more than 0", "correct it")
         self.temperature = temperature
         self.linear.register_parameter("bias", None)
 
     def forward(self, features: Tensor) -> Tensor:
-        """(N, D) -> logits (N, C)."""
+        """(N, D) -> logits (N, C), float32.  Raises: InputError for another shape."""
+        check_features(features, self.embed_dim)
         with torch.autocast(features.device.type, enabled=False):
             z = F.normalize(features.float(), dim=1)
             weight = F.normalize(self.linear.weight.float(), dim=1)
