@@ -220,3 +220,4 @@ def test_softmax_under_autocast_has_its_loss_in_float32(dtype: torch.dtype) -> N
     assert loss.dtype == soft.dtype == torch.float32
     torch.testing.assert_close(loss, exact, rtol=0.02, atol=0)
     torch.testing.assert_close(soft, loss)
+    assert head.to(dtype).loss(features.to(dtype), labels)["loss_ce"].dtype == torch.float32

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import timm
 import torch
@@ -28,9 +28,10 @@ from dnc.classifier import NearestCentroidHead
 from dnc.encoders import build_encoder
 from dnc.fitter import CentroidFitter
 from dnc.heads import SoftmaxHead
+from shared_utils.errors import InputError
 
 STATUS = Path("/proc/self/status")  # Linux
-NUM_CLASSES, IMG_SIZE = 1000, 224
+LEAST_REPEATS = 5
 Kind = Literal["dnc", "softmax"]
 
 
@@ -44,6 +45,26 @@ class BenchConfig:
     """images per step (0: 16 on a CPU, 256 on a GPU)"""
     repeats: int = 7
     """timed rounds after the warm-up, at least 5"""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        for name, least in (("batch_size", 0), ("repeats", LEAST_REPEATS)):
+            if getattr(self, name) < least:
+                raise InputError(name, getattr(self, name), f"{least} or more", "raise it")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """How large what is measured is: networks, what is clustered, what is fitted."""
+
+    encoder: str = "resnet50"
+    img_size: int = 224
+    num_classes: int = 1000
+    num_samples: int = 65_536
+    num_centroids: int = 4
+    fit_samples: int = 50_000
+    fit_dim: int = 512
+    fit_classes: int = 100
 
 
 @dataclass(frozen=True)
@@ -84,26 +105,27 @@ def loop_sinkhorn(
     return plan
 
 
-def clustering_sides(device: torch.device) -> dict[str, Callable[[], Tensor]]:
-    """`segmented` and `loop`, for 65,536 samples of 1000 classes with 4 sub-centroids."""
+def clustering_sides(sizes: Sizes, device: torch.device) -> dict[str, Callable[[], Tensor]]:
+    """`loop` and `segmented`: the plan of random similarities (N, K), all classes."""
     generator = torch.Generator().manual_seed(0)
-    similarity = (torch.rand(65536, 4, generator=generator) * 2 - 1).to(device)
-    labels = torch.randint(NUM_CLASSES, (65536,), generator=generator).to(device)
+    shape = sizes.num_samples, sizes.num_centroids
+    similarity = (torch.rand(shape, generator=generator) * 2 - 1).to(device)
+    labels = torch.randint(sizes.num_classes, shape[:1], generator=generator).to(device)
     return {
-        "segmented": lambda: sinkhorn(similarity, labels, NUM_CLASSES),
-        "loop": lambda: loop_sinkhorn(similarity, labels, NUM_CLASSES),
+        "loop": lambda: loop_sinkhorn(similarity, labels, sizes.num_classes),
+        "segmented": lambda: sinkhorn(similarity, labels, sizes.num_classes),
     }
 
 
-def build(kind: Kind, device: torch.device) -> nn.ModuleDict:
-    """ResNet-50 under one head, weights random (time does not depend on them)."""
+def build(kind: Kind, sizes: Sizes, device: torch.device) -> nn.ModuleDict:
+    """The encoder under one head, weights random (time does not depend on them)."""
     torch.manual_seed(0)
-    encoder = build_encoder("resnet50", img_size=IMG_SIZE)
+    encoder = build_encoder(sizes.encoder, img_size=sizes.img_size)
     head: nn.Module
     if kind == "softmax":
-        head = SoftmaxHead(NUM_CLASSES, encoder.embed_dim)
+        head = SoftmaxHead(sizes.num_classes, encoder.embed_dim)
     else:
-        head = NearestCentroidHead(NUM_CLASSES, encoder.embed_dim)
+        head = NearestCentroidHead(sizes.num_classes, encoder.embed_dim, sizes.num_centroids)
     return nn.ModuleDict({"encoder": encoder, "head": head}).to(device)
 
 
@@ -122,33 +144,35 @@ def train_step(model: nn.ModuleDict, images: Tensor, labels: Tensor) -> Callable
     return step
 
 
-def inference(model: nn.ModuleDict, images: Tensor) -> Callable[[], None]:
-    """Logits in eval mode."""
+def inference(model: nn.ModuleDict, images: Tensor) -> Callable[[], Tensor]:
+    """Logits in eval mode; the model is put back into the mode of training."""
 
-    def step() -> None:
+    def step() -> Tensor:
         model.eval()
         with torch.no_grad():
-            model["head"](model["encoder"](images))
+            logits: Tensor = model["head"](model["encoder"](images))
         model.train()
+        return logits
 
     return step
 
 
-def fit_sides() -> dict[str, Callable[[], Any]]:
-    """`fit` and `means` of 50,000 features of width 512 in 100 classes."""
+def fit_sides(sizes: Sizes) -> dict[str, Callable[[], Tensor]]:
+    """`fit`, sub-centroids (C, K, D) of features in batches, and `means`, one (C, D) of all."""
     generator = torch.Generator().manual_seed(0)
-    features = torch.randn(50_000, 512, generator=generator)
-    labels = torch.randint(100, (50_000,), generator=generator)
+    count, dim, num_classes = sizes.fit_samples, sizes.fit_dim, sizes.fit_classes
+    features = torch.randn(count, dim, generator=generator)
+    labels = torch.randint(num_classes, (count,), generator=generator)
 
     def fit() -> Tensor:
-        fitter = CentroidFitter(100, 512, 4)
+        fitter = CentroidFitter(num_classes, dim, sizes.num_centroids)
         for part, own in zip(features.split(1000), labels.split(1000), strict=True):
             fitter.add(part, own)
         return fitter.finish()[0]
 
     def means() -> Tensor:
-        sums = torch.zeros(100, 512).index_add(0, labels, F.normalize(features, dim=1))
-        return sums / labels.bincount(minlength=100)[:, None]
+        sums = torch.zeros(num_classes, dim).index_add(0, labels, F.normalize(features, dim=1))
+        return sums / labels.bincount(minlength=num_classes)[:, None]
 
     return {"fit": fit, "means": means}
 
@@ -172,7 +196,7 @@ def race(
     return {name: statistics.median(r[name] for r in rounds) for name in sides}
 
 
-def peak_memory(kind: Kind, batch_size: int, device: torch.device) -> int:
+def peak_memory(kind: Kind, sizes: Sizes, batch_size: int, device: torch.device) -> int:
     """Peak bytes of three train steps.
 
     On a CPU each side runs in a process of its own, as memory that was once held is not given back.
@@ -180,10 +204,10 @@ def peak_memory(kind: Kind, batch_size: int, device: torch.device) -> int:
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        _three_steps(kind, batch_size, device)
+        _three_steps(kind, sizes, batch_size, device)
         return torch.cuda.max_memory_allocated()
     done = subprocess.run(
-        [sys.executable, "-m", "dnc.bench", kind, str(batch_size)],
+        [sys.executable, "-m", "dnc.bench", kind, json.dumps(asdict(sizes)), str(batch_size)],
         check=True,
         capture_output=True,
         text=True,
@@ -191,65 +215,89 @@ def peak_memory(kind: Kind, batch_size: int, device: torch.device) -> int:
     return int(done.stdout)
 
 
-def _three_steps(kind: Kind, batch_size: int, device: torch.device) -> None:
-    step = train_step(build(kind, device), *_batch(batch_size, device))
+def _three_steps(kind: Kind, sizes: Sizes, batch_size: int, device: torch.device) -> None:
+    step = train_step(build(kind, sizes, device), *random_batch(sizes, batch_size, device))
     for _ in range(3):
         step()
 
 
-def _batch(batch_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def random_batch(sizes: Sizes, batch_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Images (B, 3, S, S) of noise and labels (B,)."""
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(batch_size, 3, IMG_SIZE, IMG_SIZE, generator=generator)
-    labels = torch.randint(NUM_CLASSES, (batch_size,), generator=generator)
+    images = torch.randn(batch_size, 3, sizes.img_size, sizes.img_size, generator=generator)
+    labels = torch.randint(sizes.num_classes, (batch_size,), generator=generator)
     return images.to(device), labels.to(device)
 
 
-def rows_of(cfg: BenchConfig, device: torch.device) -> list[Row]:
-    """All rows that this machine can measure."""
-    batch_size = cfg.batch_size or (256 if device.type == "cuda" else 16)
-    rows: list[Row] = []
+def ratio(
+    name: str,
+    sides: Mapping[Kind, Callable[[], object]],
+    target: float,
+    what: str,
+    repeats: int,
+    device: torch.device,
+) -> Row:
+    """The row of dnc's time over softmax's."""
+    seconds = race(sides, repeats, device)
+    ours, theirs = seconds["dnc"], seconds["softmax"]
+    told = f"dnc {ours * 1e3:.1f} ms, softmax {theirs * 1e3:.1f} ms; {what}"
+    return Row(name, ours / theirs, "ratio", target, "lower", told)
 
-    def ratio(
-        name: str, sides: Mapping[Any, Callable[[], object]], target: float, what: str
-    ) -> None:
-        seconds = race(sides, cfg.repeats, device)
-        (one, a), (other, b) = seconds.items()
-        told = f"{one} {a * 1e3:.1f} ms, {other} {b * 1e3:.1f} ms; {what}"
-        rows.append(Row(name, a / b, "ratio", target, "lower", told))
 
-    sides = clustering_sides(device)
-    seconds = race(sides, cfg.repeats, device)
-    detail = f"{seconds['segmented']:.3f} s, {seconds['loop']:.3f} s; N 65536, C 1000, K 4, fp32"
+def clustering_row(sizes: Sizes, repeats: int, device: torch.device) -> Row:
+    """How many times faster all classes at once are than a loop over them."""
+    seconds = race(clustering_sides(sizes, device), repeats, device)
+    told = f"segmented {seconds['segmented']:.3f} s, loop {seconds['loop']:.3f} s; "
+    told += f"N {sizes.num_samples}, C {sizes.num_classes}, K {sizes.num_centroids}, fp32"
     speedup = seconds["loop"] / seconds["segmented"]
-    rows.append(Row("balanced clustering: loop / ours", speedup, "ratio", 10, "higher", detail))
-    images, labels = _batch(batch_size, device)
-    models: dict[Kind, nn.ModuleDict] = {kind: build(kind, device) for kind in ("dnc", "softmax")}
-    what = f"ResNet-50, {IMG_SIZE} px, 1000 classes, batch {batch_size}, fp32"
-    steps = {kind: train_step(model, images, labels) for kind, model in models.items()}
-    ratio("train step: dnc / softmax", steps, 1.05, f"{what}, queue of 64")
-    calls = {kind: inference(model, images) for kind, model in models.items()}
-    ratio("inference: dnc / softmax", calls, 1.01, what)
-    del models, steps, calls
-    if device.type == "cuda" or STATUS.is_file():
-        peak = {kind: peak_memory(kind, batch_size, device) for kind in ("dnc", "softmax")}
-        more = (peak["dnc"] - peak["softmax"]) / 2**30
-        told = f"{peak['dnc'] / 2**30:.2f} GiB, {peak['softmax'] / 2**30:.2f} GiB; {what}"
-        name = "peak memory of a train step: dnc more than softmax"
-        rows.append(Row(name, more, "GiB", 0.5, "lower", told))
-    found = race(fit_sides(), cfg.repeats, torch.device("cpu"))
-    over = found["fit"] - 2 * found["means"]
-    told = f"{found['fit']:.2f} s, {found['means']:.2f} s; 50,000 x 512, 100 classes, K 4, fp32"
-    rows.append(Row("fit: seconds over twice the class means", over, "s", 5, "lower", told))
-    return rows
+    return Row("balanced clustering: loop / ours", speedup, "ratio", 10, "higher", told)
 
 
-def bench(cfg: BenchConfig) -> None:
-    """Measure, print the table, write the JSON."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rows = rows_of(cfg, device)
-    skipped = []
+def fit_row(sizes: Sizes, repeats: int) -> Row:
+    """What a fit takes beyond twice the time of the class means."""
+    seconds = race(fit_sides(sizes), repeats, torch.device("cpu"))
+    over = seconds["fit"] - 2 * seconds["means"]
+    told = f"fit {seconds['fit']:.2f} s, means {seconds['means']:.2f} s; {sizes.fit_samples:,} x "
+    told += f"{sizes.fit_dim}, {sizes.fit_classes} classes, K {sizes.num_centroids}, fp32"
+    return Row("fit: seconds over twice the class means", over, "s", 5, "lower", told)
+
+
+def rows_of(
+    cfg: BenchConfig, sizes: Sizes, device: torch.device
+) -> tuple[list[Row], list[dict[str, str]]]:
+    """All rows that this machine can measure, and the name and reason of those it cannot."""
+    batch_size = cfg.batch_size or (256 if device.type == "cuda" else 16)
+    skipped: list[dict[str, str]] = []
     if device.type != "cuda":
         skipped.append({"name": "all rows on a GPU", "reason": "no GPU that torch can use"})
+    rows = [clustering_row(sizes, cfg.repeats, device)]
+    images, labels = random_batch(sizes, batch_size, device)
+    kinds: tuple[Kind, Kind] = ("dnc", "softmax")
+    models = {kind: build(kind, sizes, device) for kind in kinds}
+    what = f"{sizes.encoder}, {sizes.img_size} px, {sizes.num_classes} classes, "
+    what += f"batch {batch_size}, fp32"
+    steps = {kind: train_step(model, images, labels) for kind, model in models.items()}
+    name = "train step: dnc / softmax"
+    rows.append(ratio(name, steps, 1.05, f"{what}, queue of 64", cfg.repeats, device))
+    calls = {kind: inference(model, images) for kind, model in models.items()}
+    rows.append(ratio("inference: dnc / softmax", calls, 1.01, what, cfg.repeats, device))
+    del models, steps, calls
+    name = "peak memory of a train step: dnc more than softmax"
+    if device.type == "cuda" or STATUS.is_file():
+        peak = {kind: peak_memory(kind, sizes, batch_size, device) for kind in kinds}
+        more = (peak["dnc"] - peak["softmax"]) / 2**30
+        told = f"dnc {peak['dnc'] / 2**30:.2f} GiB, softmax {peak['softmax'] / 2**30:.2f} GiB; "
+        rows.append(Row(name, more, "GiB", 0.5, "lower", told + what))
+    else:
+        skipped.append({"name": name, "reason": f"no {STATUS} to read it from"})
+    rows.append(fit_row(sizes, cfg.repeats))
+    return rows, skipped
+
+
+def bench(cfg: BenchConfig, sizes: Sizes | None = None) -> None:
+    """Measure, print the table, write the JSON."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows, skipped = rows_of(cfg, sizes or Sizes(), device)
     machine = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
         "threads": torch.get_num_threads(),
@@ -277,9 +325,9 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _print_peak(kind: Kind, batch_size: int) -> None:
+def _print_peak(kind: Kind, sizes: Sizes, batch_size: int) -> None:
     before = _resident("VmRSS")
-    _three_steps(kind, batch_size, torch.device("cpu"))
+    _three_steps(kind, sizes, batch_size, torch.device("cpu"))
     print(_resident("VmHWM") - before)
 
 
@@ -291,4 +339,4 @@ def _resident(name: str) -> int:
 
 
 if __name__ == "__main__":  # a side of `peak_memory`
-    _print_peak(sys.argv[1], int(sys.argv[2]))  # type: ignore[arg-type]
+    _print_peak(cast(Kind, sys.argv[1]), Sizes(**json.loads(sys.argv[2])), int(sys.argv[3]))
