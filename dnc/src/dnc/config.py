@@ -80,7 +80,8 @@ class DataConfig:
     num_test: int = 0
     """test images drawn where there is no such split (0: what training and validation leave)"""
     groups: Path | None = None
-    """JSON file {class: group}: train on groups, then look for the classes within them"""
+    """train on groups of classes, then look for the classes within them: a JSON file
+    {class: group}, or cifar100, its 20 super-classes"""
     img_size: int = 32
     """side of the square that the encoder sees, in pixels"""
     resize: int = 0

@@ -5,7 +5,6 @@ seed, their order on (run seed, epoch), an image's augmentation on (run seed, ep
 number of loader processes changes nothing.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -21,8 +20,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import v2
 
 from dnc.config import DataConfig
+from dnc.groups import grouped
 from dnc.sources import Pool, load_pools
-from shared_utils.checkpoint import reading
 from shared_utils.errors import InputError
 from shared_utils.seeding import seed_worker
 
@@ -138,7 +137,7 @@ def load_data(cfg: DataConfig, *, seed: int) -> DataSplits:
     if cfg.groups is not None:
         fine_names = pools["train"].class_names
         fine = {name: pool.labels for name, pool in pools.items()}
-        pools = _grouped(pools, cfg.groups)
+        pools = grouped(pools, cfg.groups)
     sets = {
         name: ImageSet(pool, cfg, is_augmented=name == "train", seed=seed)
         for name, pool in pools.items()
@@ -180,7 +179,7 @@ def load_other(cfg: DataConfig, source: str, split: str) -> ImageSet:
     """
     pools = load_pools(source, cfg.root)
     if cfg.groups is not None:
-        pools = _grouped(pools, cfg.groups)
+        pools = grouped(pools, cfg.groups)
     if len(pools) > 1 and split not in pools:
         raise InputError("split", f"'{split}', which {source} has not", "another", "name it")
     pool = pools[split] if len(pools) > 1 else pools["train"]
@@ -346,26 +345,6 @@ def _spread(labels: np.ndarray, count: int) -> np.ndarray:
         own = np.flatnonzero(labels == label)
         turn[own] = np.arange(len(own))
     return np.sort(np.argsort(turn, kind="stable")[:count])
-
-
-def _grouped(pools: Mapping[str, Pool], path: Path) -> dict[str, Pool]:
-    with reading(path, "a JSON file {class: group}"):
-        groups = json.loads(path.read_text())
-    names = pools["train"].class_names
-    missing = [name for name in names if name not in groups]
-    if missing:
-        raise InputError(
-            "data.groups",
-            f"no group for {missing[0]} ({len(missing)} of {len(names)} classes)",
-            "one for each class",
-            f"add them to {path}",
-        )
-    told = sorted({str(groups[name]) for name in names})
-    number = np.array([told.index(str(groups[name])) for name in names])
-    return {
-        split: Pool(number[pool.labels], told, pool.read, pool.name)
-        for split, pool in pools.items()
-    }
 
 
 def _check_classes(pool: Pool) -> None:

@@ -6,6 +6,7 @@ on.
 """
 
 from dataclasses import replace
+from pathlib import Path
 
 from dnc.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from dnc.fit_run import FitConfig
@@ -60,6 +61,13 @@ CIFAR100 = TrainConfig(
         milestones=(60, 120, 160),
         gamma=0.2,
     ),
+)
+# The groups that come with CIFAR-100: can what no label told apart be found in the features?
+CIFAR100_COARSE = replace(
+    CIFAR100,
+    recipe="cifar100-coarse-resnet50",
+    about="its 20 super-classes, then the 100 classes within them are looked for; hours on a GPU",
+    data=replace(CIFAR100.data, groups=Path("cifar100")),
 )
 IMAGES = TrainConfig(
     recipe="images",
@@ -123,6 +131,7 @@ RECIPES = {
         IMAGES,
         CIFAR10,
         CIFAR100,
+        CIFAR100_COARSE,
         IMAGENET,
         IMAGENET_SWIN,
         IMAGENET_MOBILE,
