@@ -213,11 +213,14 @@ def test_explain_notices_other_training_images(
 
 # ---- fit -------------------------------------------------------------------------------------
 
+FIT_QUICK = [
+    "--data.limit", "60", "--data.batch-size", "20", "--data.img-size", "16", "--accelerator",
+    "cpu", "--precision", "32-true", "--model.num-centroids", "2",
+]  # fmt: skip
 
-def test_fit_turns_a_run_into_a_classifier(
-    digits_run: Path, tmp_path: Path, quick: list[str]
-) -> None:
-    argv = ["fit", "digits", "--runs-dir", str(tmp_path), "--name", "f", *quick]
+
+def test_fit_turns_a_run_into_a_classifier(digits_run: Path, tmp_path: Path) -> None:
+    argv = ["fit", "digits", "--runs-dir", str(tmp_path), "--name", "f", *FIT_QUICK]
     assert main([*argv, "--fit.run", str(digits_run)]) == 0
     folder = tmp_path / "dnc" / "f"
     result = read(folder / "result.json")
@@ -231,9 +234,57 @@ def test_fit_turns_a_run_into_a_classifier(
 
 
 def test_fit_wants_the_encoder_of_the_run(
-    digits_run: Path, tmp_path: Path, quick: list[str], capsys: pytest.CaptureFixture[str]
+    digits_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    argv = ["fit", "digits", "--runs-dir", str(tmp_path), "--fit.run", str(digits_run), *quick]
+    argv = ["fit", "digits", "--runs-dir", str(tmp_path), "--fit.run", str(digits_run), *FIT_QUICK]
     error = failure([*argv, "--model.encoder", "resnet18"], capsys)
     assert error.startswith("error: model.encoder: got resnet18, expected resnet10t, that of ")
-    assert failure([*argv, "--resume", "x"], capsys)
+
+
+def help_of(command: str, capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main([command, "--help"])
+    return capsys.readouterr().out
+
+
+def test_help_of_fit_offers_what_a_fit_reads(capsys: pytest.CaptureFixture[str]) -> None:
+    told = {command: help_of(command, capsys) for command in ("train", "fit")}
+    assert "To go on: dnc train --resume RUN [OPTIONS]." in told["train"]
+    assert "To go on" not in told["fit"]
+    flag = re.compile(r"^\W*(--[a-z][\w.-]*)", re.M)
+    options = {command: set(flag.findall(text)) for command, text in told.items()}
+    assert {"--model.pretrained", "--resume", "--optim.lr", "--data.flip"} <= options["train"]
+    assert options["fit"] - options["train"] == {"--fit.run"}
+    assert options["fit"] == {
+        "--name", "--runs-dir", "--overwrite", "--seed", "--accelerator", "--precision",
+        "--model.encoder", "--model.stem", "--model.embed-norm", "--model.num-centroids",
+        "--model.temperature", "--data.source", "--data.root", "--data.num-train",
+        "--data.num-val", "--data.num-test", "--data.groups", "--data.img-size", "--data.resize",
+        "--data.mean", "--data.std", "--data.batch-size", "--data.num-workers", "--data.limit",
+        "--data.skip-bad", "--anchor.skip", "--fit.run",
+    }  # fmt: skip
+    # Of a recipe its data and encoder are told, and nothing of a training that there is not.
+    assert "imagenet-resnet50  data/imagenet at 224 pixels, resnet50\n" in told["fit"]
+    for word in ("epochs", "hours", "GPUs"):
+        assert word in told["train"]
+        assert word not in told["fit"]
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        ["--resume", "x"],
+        ["--model.pretrained"],
+        ["--model.head", "softmax"],
+        ["--model.logit-norm", "affine"],
+        ["--optim.lr", "1"],
+        ["--data.crop", "pad"],
+        ["--anchor.epochs", "1"],
+        ["--devices", "2"],
+    ],
+)
+def test_fit_knows_no_options_of_training(
+    option: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = failure(["fit", "digits", *option], capsys)
+    assert error.startswith(f"error: {option[0]}: got an unknown option, expected a known one; ")

@@ -341,6 +341,19 @@ def test_help_lists_recipes_of_one_description_together(capsys):
     assert max(map(len, listed.splitlines())) < 100
 
 
+def test_what_does_not_resume_offers_no_resume(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        parse_recipe(RECIPES, ["--help"], prog="p", resumes=False)
+    said = capsys.readouterr().out
+    assert "To go on" not in said
+    assert "Defaults: digits's.\n" in said
+    # The option is like any other then: of a config that has it, a mere value.
+    _, config = parse_recipe(RECIPES, ["pets", "--resume", "x"], prog="p", resumes=False)
+    assert config == replace(RECIPES["pets"], run=replace(RECIPES["pets"].run, resume="x"))
+    with pytest.raises(InputError, match=r"^recipe: got '--resume', expected a known recipe first"):
+        parse_recipe(RECIPES, ["--resume", "x"], prog="p", resumes=False)
+
+
 def test_help_of_one_recipe_shows_its_own_defaults(capsys):
     with pytest.raises(SystemExit):
         parse_recipe(RECIPES, ["pets", "--help"], prog="p")

@@ -75,6 +75,7 @@ def _fit(argv: Sequence[str]) -> None:
         argv,
         prog="dnc fit",
         about="Turn a trained network into a nearest-centroid classifier: one pass, no training.",
+        resumes=False,
     )
     from dnc.fit_run import fit_run
 

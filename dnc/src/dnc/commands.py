@@ -19,7 +19,7 @@ from dnc.data import DataSplits, ImageSet, load_data, load_other
 from dnc.devices import launch_fabric
 from dnc.evaluate import embed_set, evaluate, unknown_auroc
 from dnc.explain import explain_features, explainable, num_comparisons
-from dnc.fit_run import FitConfig
+from dnc.fit_config import FitConfig
 from dnc.model import NearestCentroidClassifier
 from dnc.page import Anchor, Explanation, explanation_dict, render_explanations
 from dnc.sources import to_rgb

@@ -1,7 +1,6 @@
 """`dnc fit`: a trained network becomes a classifier in a run folder, without training."""
 
 import time
-from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,31 +13,11 @@ from dnc.deployed import Deployed, Network
 from dnc.devices import launch_fabric, run_facts
 from dnc.encoders import build_encoder
 from dnc.fit import fitted_head
+from dnc.fit_config import FitConfig
 from shared_utils.config import load_json, save_json
 from shared_utils.errors import InputError
 from shared_utils.run_log import RunLog, open_run, write_result
 from shared_utils.seeding import seed_all
-
-
-@dataclass(frozen=True, kw_only=True)
-class FitOptions:
-    """Where the network comes from."""
-
-    run: str = ""
-    """run folder of `dnc train`, of any head, whose encoder is taken (empty: model.encoder with its
-    published weights)"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class FitConfig(TrainConfig):
-    """`dnc fit`: data, encoder and sub-centroids; what concerns training is not used."""
-
-    fit: FitOptions = field(default_factory=FitOptions)
-
-    @classmethod
-    def of(cls, recipe: TrainConfig) -> "FitConfig":
-        """A training recipe's data and encoder."""
-        return cls(**{f.name: getattr(recipe, f.name) for f in fields(recipe)})
 
 
 def fit_run(cfg: FitConfig) -> Path:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dnc.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
-from dnc.fit_run import FitConfig
+from dnc.fit_config import FitConfig
 
 DIGITS = TrainConfig(
     recipe="digits",

@@ -114,23 +114,24 @@ def _reworded(box: str, do: str) -> InputError:
 
 
 def parse_recipe(
-    recipes: Mapping[str, C], argv: Sequence[str], *, prog: str, about: str = ""
+    recipes: dict[str, C], argv: Sequence[str], *, prog: str, about: str = "", resumes: bool = True
 ) -> tuple[str, C]:
-    """Parse `RECIPE --flags`, or `--resume RUN --flags`, which starts from the run's own config.
+    """Parse `RECIPE --flags`, or if it `resumes` `--resume RUN --flags`, from the run's own config.
 
     Returns: the recipe's name, of a resumed run the one in its config, and the configuration.
     """
     first, cls = next((name, type(recipe)) for name, recipe in recipes.items())
     name, *options = argv or ("",)
     if name in ("-h", "--help"):
-        about += f"\nTo go on: {prog} --resume RUN [OPTIONS]. Defaults: {first}'s.\n\nrecipes:"
+        go_on = f"To go on: {prog} --resume RUN [OPTIONS]. " * resumes
+        about += f"\n{go_on}Defaults: {first}'s.\n\nrecipes:"
         wrap = textwrap.TextWrapper(98, "\n  ", " " * 4, break_on_hyphens=False)
         for told, names in groupby(recipes, lambda name: getattr(recipes[name], "about", "")):
             about += wrap.fill(f"{' '.join(names):<18} {told}")
         parse(cls, argv, prog=f"{prog} RECIPE", default=recipes[first], about=about)
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--resume", nargs="?")
-    if run := finder.parse_known_args(argv)[0].resume:
+    if resumes and (run := finder.parse_known_args(argv)[0].resume):
         start = load_json(cls, Path(run) / "config.json")
         stored = str(getattr(start, "recipe", ""))
         if name.startswith("-"):

@@ -72,8 +72,7 @@ def open_run(
             shutil.rmtree(folder)
             folder.mkdir()
     except OSError as error:
-        do = "choose another place or name"
-        raise InputError("--runs-dir", error, "a folder to write", do) from error
+        raise InputError("--runs-dir", error, "a folder to write", "choose another one") from error
     return folder
 
 
