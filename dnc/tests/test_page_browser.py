@@ -182,8 +182,23 @@ def hostile_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+@pytest.fixture(scope="module")
+def many_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A page with room for the pictures of one of three classes; the others have a long name."""
+    cosines = [[0.2, 0.9], [0.5, 0.8], [0.1, -0.3]]
+    first, *others = all_classes()
+    classes = [first, *((LONG, anchors) for _, anchors in others)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dnc.page.MOST_LISTED", 2)
+        html = render_explanations([explain(cosines)] * 2, classes, TITLE, ABOUT)
+    assert html.count("<li id=") == 2
+    file = tmp_path_factory.mktemp("page") / "many.html"
+    file.write_text(html, encoding="utf-8")
+    return file
+
+
 @pytest.mark.parametrize("width", [320, 360, 1280])
-@pytest.mark.parametrize("which", ["page", "hostile_page"])
+@pytest.mark.parametrize("which", ["page", "hostile_page", "many_page"])
 def test_nothing_is_wider_than_the_screen(
     browser: Browser, request: pytest.FixtureRequest, which: str, width: int
 ) -> None:
@@ -289,6 +304,18 @@ def test_links_lead_somewhere_and_back(browser: Browser, page: Path) -> None:
     assert browser.evaluate("document.querySelector(':target').tagName") == "FIGURE"
     browser.evaluate("[...document.querySelectorAll(':target a')][0].click()")
     assert browser.evaluate("location.hash") == "#image-2"
+
+
+def test_a_class_without_pictures_is_found_by_its_link(browser: Browser, many_page: Path) -> None:
+    browser.open(many_page, 360)
+    browser.evaluate("document.querySelectorAll('.why tbody tr')[1].querySelector('a').click()")
+    assert browser.evaluate("location.hash") == "#class-1"
+    top = browser.evaluate("document.querySelector(':target').getBoundingClientRect().top")
+    assert 0 <= top < 800  # in sight
+    plain = "getComputedStyle(document.querySelector('#class-2 bdi')).color"
+    assert browser.evaluate("getComputedStyle(document.querySelector(':target bdi')).color") != (
+        browser.evaluate(plain)
+    )
 
 
 def test_the_full_rule_opens_without_a_script(browser: Browser, page: Path) -> None:

@@ -21,14 +21,13 @@ from dnc.evaluate import embed_set, evaluate, unknown_auroc
 from dnc.explain import explain_features, explainable, num_comparisons
 from dnc.fit_config import FitConfig
 from dnc.model import NearestCentroidClassifier
-from dnc.page import Anchor, Explanation, explanation_dict, render_explanations
+from dnc.page import LARGE, Anchor, Explanation, explanation_dict, pictured, render_explanations
 from dnc.sources import to_rgb
 from shared_utils.checkpoint import reading, write_text
 from shared_utils.config import load_json
 from shared_utils.errors import InputError, MissingFileError
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm"}
-DRAWN = 256  # pixels of the longer side of a picture on a page
 
 
 def evaluate_run(
@@ -132,8 +131,10 @@ def explain_run(
                 top=top,
             )
         )
+    counts = [sum(index != NONE for index in row) for row in anchors.indices]
+    shown = pictured(found, counts)
     classes = [
-        (name, _class_anchors(classifier, anchors, c, picture))
+        (name, _class_anchors(classifier, anchors, c, picture if c in shown else lambda index: b""))
         for c, name in enumerate(classifier.class_names)
     ]
     about = f"{cfg.model.encoder} with {classifier.head.num_centroids} sub-centroids per class"
@@ -226,7 +227,7 @@ def _files(words: Sequence[str]) -> list[Path]:
 
 def _png(image: Image.Image) -> bytes:
     image = image.copy()
-    image.thumbnail((DRAWN, DRAWN))
+    image.thumbnail((LARGE, LARGE))  # the page draws none larger
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()

@@ -8,9 +8,7 @@ Paper: "Visual Recognition with Deep Nearest Centroids", W. Wang, C. Han, T. Zho
 2023, Sec. 3 and its figures of rules and nearest images.
 """
 
-import base64
 import math
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
@@ -19,10 +17,14 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-TINY = 64  # pixels; pictures up to this size are enlarged with their pixels kept sharp
+from dnc.inline import Picture, inline
+
+# Longer sides in pixels: of a decision's two pictures, which page.css draws up to 256 of its pixels
+# wide, and of the others, in rows of 64 and in the list of classes from 112 on.
+LARGE, SMALL = 256, 96
+MOST_LISTED = 400  # anchors with a picture in the list of classes; of photographs some 12 MB
 MIN_DIGITS, MAX_DIGITS = 3, 8  # float32 has no more
 LONG_NAME = 14  # characters from which on a class's name gets a smaller heading
-PNG = b"\x89PNG\r\n\x1a\n"
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,8 @@ class Anchor:
         index: its place in the training set.
         path: its file, where it has one.
         cosine: to the explained image, in [-1, 1]; not used of the anchors in a list of classes.
-        image: the picture as PNG, of any size; 128 pixels are all that is drawn of it.
+        image: the picture as PNG, of any size: the page holds it no larger than it draws it. Empty
+            of an anchor in a list of classes that is not `pictured`.
     """
 
     class_index: int
@@ -58,7 +61,7 @@ class Explanation:
     """One decision and what it rests on.
 
     Attributes:
-        image: the explained picture as PNG.
+        image: the explained picture as PNG, of any size.
         source: the path or name that the user gave for it.
         predicted: the anchor closest to it, whose class is the decision.
         probability: of the decision, in [0, 1].
@@ -191,6 +194,29 @@ def explanation_dict(e: Explanation, num_comparisons: int) -> dict[str, Any]:
     }
 
 
+def pictured(explanations: Sequence[Explanation], counts: Sequence[int]) -> set[int]:
+    """The classes whose anchors the page shows as pictures; of the others it tells the numbers.
+
+    Args:
+        explanations: what the page explains.
+        counts: anchors of each class.
+
+    Returns: all, as long as they have no more than `MOST_LISTED` anchors together; otherwise those
+        named by the explanations, decisions before rivals, up to that number.
+    """
+    if sum(counts) <= MOST_LISTED:
+        return set(range(len(counts)))
+    named = [e.predicted for e in explanations] + [r for e in explanations for r in e.rivals]
+    found: set[int] = set()
+    left = MOST_LISTED
+    for anchor in named:
+        c = anchor.class_index
+        if c not in found and c < len(counts) and counts[c] <= left:
+            found.add(c)
+            left -= counts[c]
+    return found
+
+
 def render_explanations(
     explanations: Sequence[Explanation],
     classes: Sequence[tuple[str, Sequence[Anchor]]],
@@ -210,7 +236,8 @@ def render_explanations(
     Raises: ValueError where a picture is no PNG.
     """
     known = {_key(anchor) for _, anchors in classes for anchor in anchors}
-    num_anchors = sum(len(anchors) for _, anchors in classes)
+    counts = [len(anchors) for _, anchors in classes]
+    num_anchors, shown = sum(counts), pictured(explanations, counts)
     won: dict[tuple[int, int], list[int]] = {}
     for at, e in enumerate(explanations, 1):
         won.setdefault(_key(e.predicted), []).append(at)
@@ -221,7 +248,8 @@ def render_explanations(
         decisions=[_decision(e, at, num_anchors) for at, e in enumerate(explanations, 1)],
         num_judged=len(judged),
         num_right=sum(judged),
-        classes=[_class(i, *named, won) for i, named in enumerate(classes)],
+        classes=[_class(i, *classes[i], won) for i in sorted(shown)],
+        others=[(i, *named) for i, named in enumerate(classes) if i not in shown],
         known=known,
         num_anchors=num_anchors,
         num_classes=len(classes),
@@ -243,18 +271,11 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f}%"
 
 
-class _Picture(NamedTuple):
-    uri: str
-    width: int
-    height: int
-    is_tiny: bool
-
-
 class _Row(NamedTuple):
     """An anchor with its bar: from `start` on, `length` wide, in percent of the scale."""
 
     anchor: Anchor
-    picture: _Picture
+    picture: Picture
     cosine: str
     start: float
     length: float
@@ -286,10 +307,11 @@ def _decision(e: Explanation, at: int, num_anchors: int) -> dict[str, Any]:
         "id": f"image-{at}",
         "at": at,
         "e": e,
-        "picture": _picture(e.image),
+        "small": inline(e.image, SMALL),
+        "picture": inline(e.image, LARGE),
+        "winner_picture": inline(e.predicted.image, LARGE),
         "is_long": len(e.predicted.class_name) >= LONG_NAME,
         "cosine": number(e.predicted.cosine, MIN_DIGITS),
-        "winner": _row(e.predicted, e, scale),
         "file": _file(e.predicted),
         "rivals": [_row(anchor, e, scale) for anchor in (e.predicted, *e.rivals)],
         "own": [_row(anchor, e, scale) for anchor in e.own],
@@ -309,7 +331,7 @@ def _row(anchor: Anchor, e: Explanation, scale: _Scale) -> _Row:
     start, end = sorted((scale.at(0), scale.at(anchor.cosine)))
     return _Row(
         anchor=anchor,
-        picture=_picture(anchor.image),
+        picture=inline(anchor.image, SMALL),
         cosine=number(anchor.cosine, e.digits),
         start=start,
         length=round(end - start, 2),
@@ -322,7 +344,7 @@ def _class(
 ) -> dict[str, Any]:
     """What the template shows of a class; `won` has the images each anchor was closest to."""
     shown = [
-        {"anchor": anchor, "picture": _picture(anchor.image), "won": won.get(_key(anchor), [])}
+        {"anchor": anchor, "picture": inline(anchor.image, SMALL), "won": won.get(_key(anchor), [])}
         for anchor in anchors
     ]
     return {"id": f"class-{index}", "name": name, "anchors": shown}
@@ -339,14 +361,6 @@ def _key(anchor: Anchor) -> tuple[int, int]:
 
 def _file(anchor: Anchor) -> str:
     return PurePath(anchor.path).name if anchor.path else ""
-
-
-def _picture(png: bytes) -> _Picture:
-    if not png.startswith(PNG) or len(png) < 24:
-        raise ValueError(f"image: got {len(png)} bytes that are no PNG, expected a PNG file's")
-    width, height = struct.unpack(">II", png[16:24])
-    uri = f"data:image/png;base64,{base64.b64encode(png).decode()}"
-    return _Picture(uri, width, height, max(width, height) <= TINY)
 
 
 def _environment() -> Environment:
