@@ -163,6 +163,32 @@ def test_what_is_left_of_the_start_after_1000_updates(momentum: float, left: flo
     assert warm.prod() == 0
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.9, 0.999])
+@pytest.mark.parametrize("start", range(3))
+def test_the_first_update_of_a_warm_start_is_the_mean_itself(start: int, momentum: float) -> None:
+    sums = 5 * torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(9))
+    counts = torch.tensor([[1, 2, 0, 4]]).expand(3, 4)
+    points = units(3, 4, 6, seed=start)
+    updates = torch.zeros(3, 4, dtype=torch.int64)
+    found = moved(points, sums, counts, momentum_at(updates, momentum, True))
+    has = counts > 0
+    expected = sums[has] / sums[has].norm(dim=1, keepdim=True)
+    torch.testing.assert_close(found[has], expected, rtol=0, atol=1e-6)
+    assert torch.equal(found[~has], points[~has])
+    cold = moved(points, sums, counts, momentum_at(updates, momentum, False))
+    assert (momentum == 0) == torch.allclose(cold[has], expected, rtol=0, atol=1e-6)
+
+
+def test_length_stays_one_over_many_updates() -> None:
+    points, generator = units(3, 4, 64), torch.Generator().manual_seed(0)
+    for number in range(1000):
+        sums = 20 * torch.randn(3, 4, 64, generator=generator)
+        counts = torch.randint(0, 3, (3, 4), generator=generator)
+        kept = momentum_at(torch.full((3, 4), number), 0.999, True)
+        points = moved(points, sums, counts, kept)
+    assert (points.norm(dim=2) - 1).abs().max() < 1e-6
+
+
 def test_a_warm_start_is_the_mean_of_the_first_directions() -> None:
     """Of directions that do not differ in length before each step the mean is exact."""
     directions = units(5, 3, seed=2)

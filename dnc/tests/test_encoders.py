@@ -8,30 +8,34 @@ from torch import nn
 
 from dnc.classifier import NearestCentroidHead
 from dnc.encoders import Encoder, build_encoder, check_encoder
+from dnc.heads import SoftmaxHead
 from shared_utils.errors import InputError
 
 
 @pytest.mark.parametrize(
-    ("name", "stem", "num_classes", "total"),
+    ("name", "stem", "num_classes", "total", "with_softmax"),
     [
-        # Totals without a classifier: those with a linear layer less D C + C.
-        ("resnet50", "imagenet", 1000, 23_508_032),
-        ("resnet101", "imagenet", 1000, 42_500_160),
-        ("torchvision/resnet50", "imagenet", 1000, 23_508_032),
-        ("swin_small_patch4_window7_224", "imagenet", 1000, 48_837_258),
-        ("swin_base_patch4_window7_224", "imagenet", 1000, 86_743_224),
-        ("torchvision/swin_s", "imagenet", 1000, 48_837_258),
-        ("resnet50", "cifar", 10, 23_500_352),
-        ("resnet101", "cifar", 10, 42_492_480),
-        ("torchvision/resnet50", "cifar", 100, 23_500_352),
+        ("resnet50", "imagenet", 1000, 23_508_032, 25_557_032),
+        ("resnet101", "imagenet", 1000, 42_500_160, 44_549_160),
+        ("torchvision/resnet50", "imagenet", 1000, 23_508_032, 25_557_032),
+        ("swin_small_patch4_window7_224", "imagenet", 1000, 48_837_258, 49_606_258),
+        ("swin_base_patch4_window7_224", "imagenet", 1000, 86_743_224, 87_768_224),
+        ("torchvision/swin_s", "imagenet", 1000, 48_837_258, 49_606_258),
+        ("resnet50", "cifar", 10, 23_500_352, 23_520_842),
+        ("resnet101", "cifar", 10, 42_492_480, 42_512_970),
+        ("torchvision/resnet50", "cifar", 100, 23_500_352, 23_705_252),
     ],
 )
-def test_totals_of_the_specification(name: str, stem: Any, num_classes: int, total: int) -> None:
+def test_totals_of_the_specification(
+    name: str, stem: Any, num_classes: int, total: int, with_softmax: int
+) -> None:
     with torch.device("meta"):
         encoder = build_encoder(name, stem=stem)
         head = NearestCentroidHead(num_classes, encoder.embed_dim, memory_size=0)
+        linear = SoftmaxHead(num_classes, encoder.embed_dim)
     assert sum(p.numel() for p in head.parameters()) == 0
     assert sum(p.numel() for p in nn.ModuleList([encoder, head]).parameters()) == total
+    assert sum(p.numel() for p in nn.ModuleList([encoder, linear]).parameters()) == with_softmax
 
 
 @pytest.mark.parametrize(

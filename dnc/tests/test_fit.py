@@ -148,10 +148,12 @@ def clf() -> Any:
 @pytest.mark.parametrize("count", [1, 2, 40])
 def test_a_class_is_added(clf: Any, count: int) -> None:
     x = samples(50, seed=9)[0].view(-1, 3, 2, 2)
-    before = clf(x)
+    before, old = clf(x), clf.head.centroids.clone()
     new = torch.ones(12) + 0.1 * torch.randn(count, 12, generator=torch.Generator().manual_seed(1))
     clf.add_class("zebra", new.view(-1, 3, 2, 2))
     assert clf.class_names == ["a", "b", "c", "zebra"]
+    assert clf.head.centroids.shape == (4, 2, 12)
+    assert torch.equal(clf.head.centroids[:3], old)
     assert torch.equal(clf(x)[:, :3], before)  # to the bit
     assert clf(torch.ones(1, 3, 2, 2)).argmax() == 3
     assert clf.head.active[3].sum() == min(count, 2)
