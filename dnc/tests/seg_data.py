@@ -4,6 +4,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from mmengine.config import ConfigDict
+from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
 from mmengine.structures import PixelData
 from mmseg.registry import MODELS
@@ -12,6 +14,8 @@ from torch import Tensor, nn
 
 import dnc.mmseg  # noqa: F401
 
+# Made here, or the first test that logs would tie the log to its own captured stream.
+MMLogger.get_instance("tests", log_level="ERROR")
 CLASSES, SIDE, WIDTH = 3, 32, 16
 BACKBONE = dict(
     type="ResNetV1c", depth=18, base_channels=4, stem_channels=4, num_stages=4,
@@ -53,7 +57,7 @@ def model_config(kind: str = "DNCFCNHead", **options: Any) -> dict[str, Any]:
 def build(config: dict[str, Any]) -> Any:
     init_default_scope("mmseg")
     torch.manual_seed(0)
-    model = MODELS.build(config)
+    model = MODELS.build(ConfigDict(config))
     model.init_weights()
     return model.train()
 
@@ -80,7 +84,7 @@ def batch(seed: int = 0, count: int = 2) -> tuple[Tensor, Tensor]:
     colours = np.array([[1.0, 0, 0], [0, 1.0, 0], [0, 0, 1.0]])
     images = colours[labels].transpose(0, 3, 1, 2) * 2 - 1
     images = torch.from_numpy(images + 0.1 * random.standard_normal(images.shape)).float()
-    labels[:, :4, :4] = 255
+    labels[:, :8, :8] = 255
     return images, torch.from_numpy(labels)
 
 

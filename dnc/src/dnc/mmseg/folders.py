@@ -1,11 +1,12 @@
 """Whether the data of a config is there, looked at before training starts."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mmseg.registry import DATASETS
 
-from dnc.mmseg.config_files import dataset_configs, num_classes_of
+from dnc.mmseg.config_files import LOADERS, dataset_configs, num_classes_of
 from shared_utils.errors import InputError, MissingFileError
 
 GENERATED = ("DigitScenes",)
@@ -16,13 +17,15 @@ FROM = {
 }
 
 
-def check_data(cfg: Any) -> None:
-    """Look for the folders, images and label images of all data sets, and compare class counts.
+def check_data(cfg: Any, loaders: Sequence[str] = LOADERS) -> None:
+    """Look for the folders, images and label images of data sets, and compare class counts.
 
     Raises: MissingFileError or InputError that names what is missing.
     """
     num_classes = num_classes_of(cfg)
     for loader, config in dataset_configs(cfg):
+        if loader not in loaders:
+            continue
         dataset = DATASETS.build({**config, "lazy_init": True})
         names = dataset.metainfo.get("classes")
         if names is not None and len(names) != num_classes:

@@ -102,10 +102,10 @@ class NearestCentroidMixin(nn.Module):
 
     def cls_seg(self, feat: Tensor) -> Tensor:
         """Logits (N, C, h, w), float32, of features (N, D, h, w) of any precision."""
-        if self._labels is not None and self.training and torch.is_grad_enabled():
-            labels = labels_at(self._labels, feat.shape[2], feat.shape[3])
-            self.classifier.observe(feat.detach(), labels)
         base: Any = self
+        if self._labels is not None and self.training and torch.is_grad_enabled():
+            labels = labels_at(self._labels, *feat.shape[2:], align_corners=base.align_corners)
+            self.classifier.observe(feat.detach(), labels)
         if base.dropout is not None:
             feat = base.dropout(feat)
         return self.classifier(feat)
@@ -125,21 +125,30 @@ class NearestCentroidMixin(nn.Module):
         )
 
 
-def labels_at(labels: Tensor, height: int, width: int) -> Tensor:
+def labels_at(labels: Tensor, height: int, width: int, *, align_corners: bool = False) -> Tensor:
     """Labels of the pixels at the centres of a grid's cells.
 
     Args:
         labels: (N, H, W).
         height: h.
         width: w.
+        align_corners: whether the corner cells are centred on the corner pixels, as the decoder
+            enlarges its logits.
 
     Returns: (N, h, w).
     """
     rows, columns = (
-        ((torch.arange(count, device=labels.device) + 0.5) * (size / count)).long()
+        _centres(count, size, align_corners).to(labels.device)
         for count, size in ((height, labels.shape[1]), (width, labels.shape[2]))
     )
     return labels[:, rows[:, None], columns]
+
+
+def _centres(count: int, size: int, align_corners: bool) -> Tensor:
+    """The pixel at the centre of each of `count` cells that cover `size` pixels."""
+    if align_corners and count > 1:
+        return (torch.arange(count) * ((size - 1) / (count - 1))).round().long()
+    return ((torch.arange(count) + 0.5) * (size / count)).long()
 
 
 @MODELS.register_module()

@@ -62,7 +62,8 @@ class RandomStateHook(Hook):
     """Saves torch's random state and goes on from it, so that a resumed run is the same run.
 
     mmengine draws the data of the steps before again, and with it the random numbers of crops; what
-    dropout draws is torch's. With several processes each starts from its seed anew.
+    dropout draws is torch's. A validation between two steps leaves it as it was. With several
+    processes each starts from its seed anew.
     """
 
     priority = "LOW"
@@ -82,8 +83,16 @@ class RandomStateHook(Hook):
         if runner._resume and runner.world_size == 1:
             self.waiting = checkpoint.get(self.KEY)
 
+    def before_val_epoch(self, runner: Any) -> None:
+        """Remember the state: a loader draws from it."""
+        self.before_val = torch.get_rng_state()
+
+    def after_val_epoch(self, runner: Any, metrics: Any = None) -> None:
+        """Put it back."""
+        torch.set_rng_state(self.before_val)
+
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
-        """Put it back, once."""
+        """Put back what was saved, once."""
         if self.waiting is None:
             return
         torch.set_rng_state(self.waiting["torch"].cpu())

@@ -83,7 +83,7 @@ def train(run: SegRun) -> Path:
             cfg.load_from = checkpoints.TRUSTED * trusted + path
     runner = Runner.from_cfg(cfg)
     if is_main_process():
-        _write_card(folder, cfg, seed)
+        write_card(folder, cfg, seed)
     parameters = count_parameters(_bare(runner.model))
     runner.logger.info(
         f"{parameters['total']:,} parameters, {parameters['classifier']:,} of them in classifiers; "
@@ -172,7 +172,7 @@ def _config_name(cfg: Any) -> str:
     return Path(cfg.filename).name if cfg.filename else "config.py"
 
 
-def _write_card(folder: Path, cfg: Any, seed: int) -> None:
+def write_card(folder: Path, cfg: Any, seed: int) -> None:
     """The config that mmengine wrote, under which name, and the seed."""
     name = _config_name(cfg)
     cfg.dump(str(folder / name))
@@ -234,8 +234,7 @@ def _write(
         "bf16-mixed" if is_bf16 else precision,
         runner.world_size,
     )
-    versions = {"mmengine": mmengine.__version__, "mmseg": mmseg.__version__}
-    facts["versions"] = facts["versions"] | versions
+    facts["versions"] |= versions()
     count = len(runner.test_dataloader.dataset)
     write_result(
         folder,
@@ -259,6 +258,11 @@ def _write(
             **facts,
         },
     )
+
+
+def versions() -> dict[str, str]:
+    """Of what segmentation needs besides."""
+    return {"mmengine": mmengine.__version__, "mmseg": mmseg.__version__}
 
 
 def log_rows(folder: Path) -> list[dict[str, Any]]:
