@@ -37,7 +37,7 @@ help: ## this list (also: make)
 		for (i = 1; i <= n; i++) printf i < n ? "  %s\n" : "  %-18s %s\n", names[i], $$2}' Makefile
 	@echo
 	@echo '  variables'
-	@echo '  RECIPE=NAME        another job for a train target; .venv/bin/e2vpt train --help lists them'
+	@echo '  RECIPE=NAME        another job for a train target; .venv/bin/e2vpt train --help lists them (dnc: the same)'
 	@echo '  CONFIG=FILE        another config for train-dnc-seg; dnc/configs/ holds them'
 	@echo '  ARGS="..."         more options for the command or for pytest: ARGS="--optim.lr 0.5"'
 	@echo '  NPROC=N            that many training processes, with torchrun (default 1)'

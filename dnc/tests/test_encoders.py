@@ -50,18 +50,42 @@ def test_features_are_pooled(name: str, width: int) -> None:
     assert check_encoder(encoder, torch.zeros(1, 3, 64, 64)) == width
 
 
-@pytest.mark.parametrize("name", ["resnet18", "torchvision/resnet18"])
-def test_a_small_stem_keeps_the_resolution(name: str) -> None:
-    encoder = build_encoder(name, img_size=32)
-    network: Any = encoder.network
-    x = (
-        network.maxpool(network.act1(network.bn1(network.conv1(torch.zeros(1, 3, 32, 32)))))
-        if (hasattr(network, "act1"))
-        else network.maxpool(network.relu(network.bn1(network.conv1(torch.zeros(1, 3, 32, 32)))))
-    )
-    assert x.shape == (1, 64, 32, 32)
+@pytest.mark.parametrize(
+    ("name", "channels", "kernel"),
+    [
+        ("resnet18", 64, (7, 7)),
+        ("torchvision/resnet18", 64, (7, 7)),
+        ("resnet18d", 64, (3, 3)),  # a stem of three convolutions
+        ("resnet10t", 64, (3, 3)),
+        ("resnetaa34d", 64, (3, 3)),  # its pooling is an average
+        ("resnetblur18", 64, (7, 7)),  # its pooling is a Sequential
+    ],
+)
+def test_a_small_stem_keeps_the_resolution(
+    name: str, channels: int, kernel: tuple[int, int]
+) -> None:
+    network: Any = build_encoder(name, img_size=32).network
+    act = network.act1 if hasattr(network, "act1") else network.relu
+    x = network.maxpool(act(network.bn1(network.conv1(torch.zeros(1, 3, 32, 32)))))
+    assert x.shape == (1, channels, 32, 32)
     big: Any = build_encoder(name, img_size=64).network
-    assert big.conv1.kernel_size == (7, 7)
+    first = big.conv1[0] if isinstance(big.conv1, nn.Sequential) else big.conv1
+    assert first.kernel_size == kernel
+    assert first.stride == (2, 2)
+
+
+def test_a_small_image_leaves_what_is_no_resnet_alone() -> None:
+    network: Any = build_encoder("resnetv2_50", img_size=32).network
+    assert network.stem.conv.stride == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "is_last"), [("resnet18", True), ("swin_tiny_patch4_window7_224", False)]
+)
+def test_convolutions_alone_have_their_channels_last(name: str, is_last: bool) -> None:
+    network: Any = build_encoder(name, img_size=64 if is_last else 224).network
+    weight = network.layer1[0].conv1.weight if is_last else network.patch_embed.proj.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last) == is_last
 
 
 def test_a_norm_belongs_to_the_encoder() -> None:

@@ -51,6 +51,9 @@ def test_the_run_folder(digits_run: Path) -> None:
     for key in ("loss_dnc", "lr", "val_loss", "val_top1", "centroid_cosine", "centroid_usage",
                 "centroid_unused", "centroid_movement", "centroid_purity"):  # fmt: skip
         assert key in rows[-1]
+    watched = {name for name in rows[-1] if name.startswith("centroid_")}
+    assert result["collapse"].keys() == watched
+    assert result["collapse"]["centroid_cosine"] == rows[-1]["centroid_cosine"]
     state = checkpoint.load(digits_run / "last.ckpt")  # opens weights-only
     assert state["epoch"] == 2
 
@@ -106,6 +109,7 @@ def test_two_and_two_epochs_are_four(
     ("options", "classifier", "term"),
     [
         (["--model.head", "softmax"], 5130, "loss_ce"),
+        (["--model.head", "softmax", "--precision", "bf16-mixed"], 5130, "loss_ce"),
         (["--model.head", "cosine"], 5120, "loss_ce"),
         (["--model.memory", "batch"], 0, "loss_dnc"),
         (["--model.memory", "bank", "--model.memory-size", "2"], 0, "loss_dnc"),
@@ -115,7 +119,7 @@ def test_two_and_two_epochs_are_four(
           "--optim.clip-grad", "1", "--data.randaugment", "--data.erasing", "0.5"], 0, "loss_dnc"),
         (["--anchor.epochs", "1", "--optim.ema-decay", "0.5"], 0, "loss_dnc"),
     ],
-    ids=["softmax", "cosine", "batch", "bank", "gumbel", "affine", "mixed", "anchored"],
+    ids=["softmax", "softmax-bf16", "cosine", "batch", "bank", "gumbel", "affine", "mixed", "anchored"],
 )  # fmt: skip
 def test_options_of_the_method(
     tmp_path: Path, quick: list[str], options: list[str], classifier: int, term: str

@@ -26,7 +26,7 @@ class SoftmaxHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """(N, D) -> logits (N, C)."""
-        logits: Tensor = self.linear(features)
+        logits: Tensor = self.linear(features.to(self.linear.weight.dtype))  # of bf16 encoders too
         return logits
 
     def loss(

@@ -34,7 +34,7 @@ from dnc.optim import build_optimizer, lr_at
 from shared_utils import checkpoint
 from shared_utils.config import save_json, to_dict
 from shared_utils.errors import InputError, Interrupted
-from shared_utils.run_log import RunLog, open_run, plot_curves, write_result
+from shared_utils.run_log import RunLog, open_run, plot_curves, read_metrics, write_result
 from shared_utils.seeding import seed_all
 
 CURVES = {
@@ -129,7 +129,7 @@ class _Training:
         )
         if not cfg.run.resume:
             seed_all(cfg.run.seed + fabric.global_rank)  # processes draw their own noise from here
-            self._save(log)
+            self._save()
         scores: dict[str, float] = {}
         seen, seconds = 0, 0.0
         with _resumable(f"dnc train --resume {shlex.quote(str(self.folder))}"):
@@ -150,7 +150,7 @@ class _Training:
                         "images_per_second": images / elapsed,
                     }
                     log.log(self.step, self.epoch, values)
-                    self._save(log, scores.get("val_top1"))
+                    self._save(scores.get("val_top1"))
             extra = self.deployed.finish()
             for split, part in (("val", splits.val), ("test", splits.test)):
                 scores |= self.deployed.scores(split, part, self._remedy)
@@ -205,17 +205,17 @@ class _Training:
             targets = soft * (1 - share) + share / count
         terms: dict[str, Tensor] = self.model(images, targets, indices)
         loss = torch.stack(list(terms.values())).sum()
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            name = next(n for n, t in terms.items() if not math.isfinite(float(t.detach())))
-            raise Diverged(name, f"{value} at step {self.step}", "a finite loss", self._remedy)
+        values = {name: float(term.detach()) for name, term in terms.items()}
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise Diverged(name, f"{value} at step {self.step}", "a finite loss", self._remedy)
         self.optimizer.zero_grad()
         fabric.backward(loss)
         if self.cfg.optim.clip_grad:
             fabric.clip_gradients(self.model, self.optimizer, max_norm=self.cfg.optim.clip_grad)
         self.optimizer.step()
         self.deployed.after_step()
-        return {name: float(term.detach()) for name, term in terms.items()}
+        return values
 
     def _require_finite(self) -> None:
         """Stop before what an update has ruined takes the place of the last good checkpoint."""
@@ -228,7 +228,7 @@ class _Training:
     def _remedy(self) -> str:
         return f"lower --optim.lr and go on with --resume {shlex.quote(str(self.folder))}"
 
-    def _save(self, log: RunLog, score: float | None = None) -> None:
+    def _save(self, score: float | None = None) -> None:
         """Write last.ckpt, and best.ckpt where the validation accuracy is the highest so far."""
         is_best = score is not None and score > self.best
         if is_best and score is not None:
@@ -280,9 +280,9 @@ class _Training:
                     f"{old[changed[0]]}, as before",
                     "leave it, or start a new run",
                 )
-        processes, size = state["processes"], self.fabric.world_size
-        is_same = len(processes) == size
-        mine = processes[self.fabric.global_rank if is_same else 0]
+        of_all, size = state["processes"], self.fabric.world_size
+        is_same = len(of_all) == size
+        mine = of_all[self.fabric.global_rank if is_same else 0]
         fresh = self.network.state_dict()
         memory = {name: t for name, t in fresh.items() if name.startswith(MEMORY)}
         self.network.load_state_dict({**state["model"], **(mine["memory"] if is_same else memory)})
@@ -299,7 +299,7 @@ class _Training:
         else:
             seed_all(self.cfg.run.seed + self.fabric.global_rank + 1000 * state["epoch"])
             warning += (
-                f" resumed with {size} processes instead of {len(processes)}: random numbers "
+                f" resumed with {size} processes instead of {len(of_all)}: random numbers "
                 "differ, and the memory of features starts empty"
             )
         self.epoch, self.step, self.best = state["epoch"], state["step"], state["best"]
@@ -324,6 +324,7 @@ class _Training:
                 classifier.anchors, splits.train, splits.class_names, self.folder / "anchors.png"
             )
         tops = {name: value for name, value in scores.items() if "_top" in name}
+        last = {**read_metrics(self.folder)[-1], **scores}  # of the last epoch; purity as deployed
         write_result(
             self.folder,
             {
@@ -334,7 +335,7 @@ class _Training:
                 "seed": cfg.run.seed,
                 "metrics": tops,
                 **extra,
-                "collapse": {k: v for k, v in scores.items() if k.startswith("centroid_")},
+                "collapse": {k: v for k, v in last.items() if k.startswith("centroid_")},
                 "parameters": {
                     "tuned": self.num_parameters,
                     "total": self.num_parameters,

@@ -164,7 +164,7 @@ class _Training:
             seed_all(cfg.run.seed + fabric.global_rank)
             if fabric.is_global_zero:
                 start.save_initial(self.network, self.folder)
-            self._save(log)
+            self._save()
         scores: dict[str, float] = {}
         seen, seconds = 0, 0.0
         with _resumable(f"e2vpt train --resume {shlex.quote(str(self.folder))}"):
@@ -184,7 +184,7 @@ class _Training:
                         "images_per_second": images / elapsed,
                     }
                     log.log(self.step, self.epoch, values)
-                    self._save(log, scores.get("val_top1"))
+                    self._save(scores.get("val_top1"))
             if cfg.run.resume and not scores:
                 scores = self._evaluate(self.splits.val, "val")
             scores |= self._evaluate(self.splits.test, "test")
@@ -265,7 +265,7 @@ class _Training:
         )
         return {f"{split}_{name}": value for name, value in scores.items()}
 
-    def _save(self, log: RunLog, score: float | None = None) -> None:
+    def _save(self, score: float | None = None) -> None:
         """Write last.ckpt, and best.ckpt where the validation accuracy is the highest so far."""
         is_best = score is not None and score > self.best
         if is_best and score is not None:
