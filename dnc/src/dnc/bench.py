@@ -4,6 +4,7 @@ Sides run in turn (A B A B ...) after a warm-up, and medians are compared, so th
 the machine falls on both. A missed target is shown, never a failure.
 """
 
+import importlib.util
 import json
 import platform
 import statistics
@@ -182,8 +183,13 @@ def peak_memory(kind: Kind, batch_size: int, device: torch.device) -> int:
         torch.cuda.reset_peak_memory_stats()
         _three_steps(kind, batch_size, device)
         return torch.cuda.max_memory_allocated()
+    return peak_of_process("dnc.bench", kind, str(batch_size))
+
+
+def peak_of_process(module: str, *words: str) -> int:
+    """Bytes that a module prints as its own peak, run in a process of its own."""
     done = subprocess.run(
-        [sys.executable, "-m", "dnc.bench", kind, str(batch_size)],
+        [sys.executable, "-m", module, *words],
         check=True,
         capture_output=True,
         text=True,
@@ -248,6 +254,14 @@ def bench(cfg: BenchConfig) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = rows_of(cfg, device)
     skipped = []
+    if importlib.util.find_spec("mmseg") is None:
+        skipped.append(
+            {"name": "all rows on segmentation", "reason": "dnc[mmseg] is not installed"}
+        )
+    else:
+        from dnc.mmseg.bench import seg_rows
+
+        rows += seg_rows(cfg.repeats, device)
     if device.type != "cuda":
         skipped.append({"name": "all rows on a GPU", "reason": "no GPU that torch can use"})
     machine = {
@@ -277,9 +291,10 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _print_peak(kind: Kind, batch_size: int) -> None:
+def print_peak(steps: Callable[[], None]) -> None:
+    """Print the bytes that this process grows by while it takes some steps."""
     before = _resident("VmRSS")
-    _three_steps(kind, batch_size, torch.device("cpu"))
+    steps()
     print(_resident("VmHWM") - before)
 
 
@@ -291,4 +306,5 @@ def _resident(name: str) -> int:
 
 
 if __name__ == "__main__":  # a side of `peak_memory`
-    _print_peak(sys.argv[1], int(sys.argv[2]))  # type: ignore[arg-type]
+    asked: Any = sys.argv[1:]
+    print_peak(lambda: _three_steps(asked[0], int(asked[1]), torch.device("cpu")))
