@@ -80,7 +80,7 @@ bench: bench-e2vpt bench-dnc ## all benchmarks; each writes bench/NAME.json and 
 bench-e2vpt: $(STAMPS)/e2vpt ## E2VPT against full fine-tuning and the plain backbone
 	$(BIN)/e2vpt bench $(ARGS)
 bench-dnc: $(STAMPS)/dnc ## DNC against softmax and a loop over classes
-	$(BIN)/dnc bench $(ARGS)
+	$(BIN)/dnc bench --segmentation $(ARGS)
 
 ## tests and checks ---------------------------------------------------------------------------
 

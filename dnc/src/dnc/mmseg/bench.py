@@ -130,7 +130,7 @@ def _three_steps(kind: str, count: int, device: torch.device) -> None:
 
 def seg_rows(repeats: int, device: torch.device) -> list[Row]:
     """All rows that this machine can measure."""
-    count = 8 if device.type == "cuda" else 2
+    count = 8 if device.type == "cuda" else 1
     rows: list[Row] = []
     images, samples = batch_of(count, device)
     for name, target in (("FCN-R50", 1.02), ("UPerNet-R50", 1.05)):
