@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dnc import model_io
 from dnc.cli import COMMANDS, main
 from dnc.recipes import RECIPES
+from dnc.sources import load_pools
 
 ONE_LINE = re.compile(r"error: [^\n]+?: got [^\n]+?, expected [^\n]+; [^\n]+\n")
 
@@ -110,6 +112,32 @@ def test_unknown_images_get_scores(
     told = {k: float(v) for k, v in (x.split() for x in capsys.readouterr().out.splitlines())}
     assert 0 <= told["auroc_softmax"] <= 1
     assert told["auroc_cosine"] > 0.5
+
+
+def test_other_data_is_taken_whole_or_by_its_own_split(
+    digits_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pools = load_pools("digits", tmp_path)
+    copies = {"flat": ("train", 40), "parted/train": ("train", 40), "parted/test": ("test", 60)}
+    for folder, (split, count) in copies.items():
+        for i in range(10):
+            (tmp_path / folder / str(i)).mkdir(parents=True)
+        for i in range(count):
+            label = int(pools[split].labels[i])
+            pools[split].image(i).save(tmp_path / folder / str(label) / f"{i}.png")
+
+    classifier = model_io.load(digits_run)
+    for source, split, count in (("flat", "train", 40), ("parted", "test", 60)):
+        logits = classifier([pools[split].image(i) for i in range(count)])
+        right = (logits.argmax(dim=1).numpy() == pools[split].labels[:count]).mean()
+        capsys.readouterr()
+        argv = ["evaluate", str(digits_run), "--source", str(tmp_path / source)]
+        assert main([*argv, "--accelerator", "cpu"]) == 0
+        told = dict(line.split() for line in capsys.readouterr().out.splitlines())
+        assert float(told["test_top1"]) == pytest.approx(right, abs=1e-4)
+    error = failure(["evaluate", str(digits_run), "--source", str(tmp_path / "parted"), "--split",
+                     "val"], capsys)  # fmt: skip
+    assert error.startswith("error: split: got 'val', which ")
 
 
 def test_classes_that_differ(

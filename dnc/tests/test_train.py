@@ -119,7 +119,8 @@ def test_two_and_two_epochs_are_four(
           "--optim.clip-grad", "1", "--data.randaugment", "--data.erasing", "0.5"], 0, "loss_dnc"),
         (["--anchor.epochs", "1", "--optim.ema-decay", "0.5"], 0, "loss_dnc"),
     ],
-    ids=["softmax", "softmax-bf16", "cosine", "batch", "bank", "gumbel", "affine", "mixed", "anchored"],
+    ids=["softmax", "softmax-bf16", "cosine", "batch", "bank", "gumbel", "affine", "mixed",
+         "anchored"],
 )  # fmt: skip
 def test_options_of_the_method(
     tmp_path: Path, quick: list[str], options: list[str], classifier: int, term: str

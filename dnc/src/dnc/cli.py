@@ -23,7 +23,7 @@ class EvaluateConfig:
     split: Literal["test", "val", "train"] = "test"
     """which split"""
     source: str = ""
-    """other data than the run's own, as --data.source"""
+    """other data than the run's own, as --data.source; all of it where it has no splits"""
     unknown: str = ""
     """images of no class of the run, as --data.source: how well scores tell them apart"""
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"

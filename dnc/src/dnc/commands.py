@@ -15,7 +15,7 @@ from dnc import model_io
 from dnc.anchors import NONE, Anchors, content_hash
 from dnc.classifier import NearestCentroidHead
 from dnc.config import RunConfig, TrainConfig
-from dnc.data import DataSplits, ImageSet, load_data
+from dnc.data import DataSplits, ImageSet, load_data, load_other
 from dnc.devices import launch_fabric
 from dnc.evaluate import embed_set, evaluate, unknown_auroc
 from dnc.explain import explain_features, explainable, num_comparisons
@@ -39,10 +39,11 @@ def evaluate_run(
     Args:
         run: its folder.
         split: train, val or test.
-        source: other data than its own.
-        unknown: images of none of its classes. Adds `auroc_cosine`, of the cosine to the nearest
-            sub-centroid (with a head that has any), and `auroc_softmax`, of the largest
-            probability, as scores that known images exceed unknown ones in.
+        source: other data than its own: that split of it where it has any, otherwise all of it.
+        unknown: images of none of its classes, likewise the test split or all. Adds
+            `auroc_cosine`, of the cosine to the nearest sub-centroid (with a head that has any),
+            and `auroc_softmax`, of the largest probability, as scores that known images exceed
+            unknown ones in.
         accelerator: what to run on.
 
     Raises: InputError for a split or classes that are not there.
@@ -51,21 +52,23 @@ def evaluate_run(
     classifier = model_io.load(run)
     fabric = launch_fabric(RunConfig(accelerator=accelerator, precision=cfg.run.precision))
     classifier.to(fabric.device)
-    splits = load_data(replace(cfg.data, source=source or cfg.data.source), seed=cfg.run.seed)
-    if splits.class_names != classifier.class_names:
+    if source:
+        images = load_other(cfg.data, source, split)
+    else:
+        images = _part(load_data(cfg.data, seed=cfg.run.seed), split)
+    names = images.pool.class_names
+    if names != classifier.class_names:
         raise InputError(
             "source",
-            f"classes {', '.join(splits.class_names[:5])}...",
+            f"classes {', '.join(names[:5])}...",
             "those of the run",
             "evaluate on data with the same class names",
         )
-    images = _part(splits, split)
     parts = (fabric, classifier.encoder, classifier.head)
-    found = evaluate(*parts, images, cfg.data, splits.num_classes)
+    found = evaluate(*parts, images, cfg.data, len(names))
     scores = {f"{split}_{name}": value for name, value in found.items()}
     if unknown:
-        data = replace(cfg.data, source=unknown, groups=None)
-        others = _part(load_data(data, seed=cfg.run.seed), "train")
+        others = load_other(replace(cfg.data, groups=None), unknown, "test")
         known, _ = embed_set(*parts, images, cfg.data)
         strange, _ = embed_set(*parts, others, cfg.data)
         scores |= _aurocs(classifier.head, known.to(fabric.device), strange.to(fabric.device))

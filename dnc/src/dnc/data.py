@@ -168,6 +168,29 @@ def load_data(cfg: DataConfig, *, seed: int) -> DataSplits:
     )
 
 
+def load_other(cfg: DataConfig, source: str, split: str) -> ImageSet:
+    """Images of another source than the run's own, without augmentation.
+
+    Args:
+        cfg: of the run; its counts of images are its own source's and mean nothing here.
+        source: as `data.source`.
+        split: `train`, `val` or `test` of a source that tells them apart; of any other all images.
+
+    Raises: MissingFileError, or InputError for a split that the source has not.
+    """
+    pools = load_pools(source, cfg.root)
+    if cfg.groups is not None:
+        pools = _grouped(pools, cfg.groups)
+    if len(pools) > 1 and split not in pools:
+        raise InputError("split", f"'{split}', which {source} has not", "another", "name it")
+    pool = pools[split] if len(pools) > 1 else pools["train"]
+    images = ImageSet(pool, cfg, is_augmented=False, seed=0)
+    if len(images) * 3 * cfg.img_size**2 <= CACHE_BYTES:
+        images = ImageSet(_readable(pool, cfg.skip_bad)[0], cfg, is_augmented=False, seed=0)
+        images.hold()
+    return images
+
+
 def split_pools(pools: Mapping[str, Pool], cfg: DataConfig) -> dict[str, Pool]:
     """Draw the splits that the source has not from its training images, by a fixed seed."""
     train, found = pools["train"], dict(pools)
