@@ -1,10 +1,15 @@
 """The stand-in for mmcv's compiled operations."""
 
+import importlib
+import pkgutil
 import subprocess
 import sys
 from types import ModuleType
 
 import pytest
+from mmengine.model import revert_sync_batchnorm
+from mmengine.optim import build_optim_wrapper
+from torch import nn
 
 from dnc.mmseg import compiled_ops
 from shared_utils.errors import InputError
@@ -44,6 +49,23 @@ def test_full_mmcv_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled_ops, "have_compiled_ops", lambda: True)
     assert not compiled_ops.install_stand_in()
     assert "mmcv.ops" not in sys.modules
+
+
+def test_the_search_for_operations_does_without_what_python_dropped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delattr(pkgutil, "find_loader", raising=False)
+    for name in ("utils.dl_utils", "utils.dl_utils.misc", "model.utils"):
+        module = importlib.import_module(f"mmengine.{name}")
+        monkeypatch.setattr(module, "mmcv_full_available", module.mmcv_full_available)
+    constructor = importlib.import_module("mmengine.optim.optimizer.default_constructor")
+    monkeypatch.setattr(constructor, "mmcv_full_available", constructor.mmcv_full_available)
+    compiled_ops.repair_search()
+    revert_sync_batchnorm(nn.Sequential(nn.Conv2d(3, 3, 1), nn.SyncBatchNorm(3)))
+    optimizer = {"type": "SGD", "lr": 0.1, "weight_decay": 0.1}
+    build_optim_wrapper(
+        nn.Linear(2, 2), {"optimizer": optimizer, "paramwise_cfg": {"norm_decay_mult": 0}}
+    )
 
 
 @pytest.mark.slow

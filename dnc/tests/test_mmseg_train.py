@@ -112,7 +112,7 @@ def test_a_resumed_run_is_the_run(
     assert not (folder / "iter_4.pth").exists()
     # Without the hook that stops it.
     (folder / "stopping.py").write_text(
-        (folder / "stopping.py").read_text().replace("dict(type='StopAfterTwo')", "")
+        (folder / "stopping.py").read_text().replace("dict(type='StopAfterTwo'),", "")
     )
     assert main(["seg", "train", "--resume", str(folder)]) == 0
     one, other = weights(straight / "iter_4.pth"), weights(folder / "iter_4.pth")

@@ -16,9 +16,10 @@ for _name in ("mmengine", "mmcv", "mmseg"):
             _name, "nothing installed", "dnc[mmseg]", "install it: uv pip install -e 'dnc[mmseg]'"
         )
 
-from dnc.mmseg.compiled_ops import install_stand_in  # noqa: E402
+from dnc.mmseg.compiled_ops import install_stand_in, repair_search  # noqa: E402
 
 install_stand_in()
+repair_search()
 
 from dnc.mmseg.backbones import BackboneHook  # noqa: E402
 from dnc.mmseg.checkpoints import PlainCheckpointHook  # noqa: E402

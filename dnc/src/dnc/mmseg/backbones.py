@@ -117,4 +117,5 @@ def _swin(name: str, tensor: Tensor) -> tuple[str, Tensor]:
 def _merged_as_unfolded(tensor: Tensor) -> Tensor:
     """(..., 4 C): neighbours (row, column) 00 10 01 11, each C -> channels, each 00 01 10 11."""
     four = tensor.unflatten(-1, (4, -1))[..., [0, 2, 1, 3], :]
-    return four.transpose(-1, -2).flatten(-2)
+    unfolded: Tensor = four.transpose(-1, -2).flatten(-2)
+    return unfolded

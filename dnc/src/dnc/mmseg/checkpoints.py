@@ -43,9 +43,8 @@ def to_plain(value: Any, where: str = "checkpoint") -> Any:
     if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
         return {ARRAY: torch.from_numpy(value.copy())}
     if isinstance(value, Mapping):
-        made = OrderedDict() if isinstance(value, OrderedDict) else {}
-        made.update((to_plain(k), to_plain(v, f"{where}.{k}")) for k, v in value.items())
-        return made
+        made = {to_plain(k): to_plain(v, f"{where}.{k}") for k, v in value.items()}
+        return OrderedDict(made) if isinstance(value, OrderedDict) else made
     if isinstance(value, (list, tuple, deque, set, frozenset, np.ndarray)):
         parts = [to_plain(part, f"{where}[{i}]") for i, part in enumerate(value)]
         return tuple(parts) if isinstance(value, tuple) else parts
@@ -67,7 +66,8 @@ def from_plain(value: Any) -> Any:
             return HistoryBuffer(numbers.cpu().numpy(), counts.cpu().numpy(), length)
         if value.keys() == {ARRAY}:
             return value[ARRAY].cpu().numpy()
-        return type(value)((k, from_plain(v)) for k, v in value.items())
+        made = {k: from_plain(v) for k, v in value.items()}
+        return OrderedDict(made) if isinstance(value, OrderedDict) else made
     if type(value) in (list, tuple):
         return type(value)(from_plain(part) for part in value)
     return value

@@ -8,6 +8,7 @@ one that is called says so. With full mmcv nothing is replaced.
 import ast
 import importlib
 import importlib.util
+import pkgutil
 import sys
 import warnings
 from importlib.machinery import PathFinder
@@ -45,9 +46,19 @@ def install_stand_in() -> bool:
         warnings.filterwarnings("ignore", "Fail to import ``MultiScaleDeformableAttention``")
         warnings.filterwarnings("ignore", "pkg_resources is deprecated")
         mmcv = importlib.import_module("mmcv")
-        importlib.import_module("mmcv.cnn")
+        importlib.import_module("mmcv.cnn.bricks.transformer")
     mmcv.ops = module  # type: ignore[attr-defined]
     return True
+
+
+def repair_search() -> None:
+    """Look for compiled operations where mmengine cannot: it needs what Python 3.14 dropped."""
+    if hasattr(pkgutil, "find_loader"):
+        return
+    for name in ("utils.dl_utils", "utils.dl_utils.misc", "model.utils"):
+        vars(importlib.import_module(f"mmengine.{name}"))["mmcv_full_available"] = have_compiled_ops
+    constructor = importlib.import_module("mmengine.optim.optimizer.default_constructor")
+    vars(constructor)["mmcv_full_available"] = have_compiled_ops
 
 
 class StandIn(ModuleType):

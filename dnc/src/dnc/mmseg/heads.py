@@ -41,6 +41,7 @@ class NearestCentroidMixin(nn.Module):
     """
 
     classifier: NearestCentroidHead
+    align_corners: bool
 
     def __init__(
         self,
@@ -108,7 +109,8 @@ class NearestCentroidMixin(nn.Module):
             self.classifier.observe(feat.detach(), labels)
         if base.dropout is not None:
             feat = base.dropout(feat)
-        return self.classifier(feat)
+        logits: Tensor = self.classifier(feat)
+        return logits
 
     def _require_classes(self, labels: Tensor, samples: Any) -> None:
         ignored = self.classifier.ignore_index
@@ -152,29 +154,27 @@ def _centres(count: int, size: int, align_corners: bool) -> Tensor:
 
 
 @MODELS.register_module()
-class DNCFCNHead(NearestCentroidMixin, FCNHead):  # type: ignore[misc]
+class DNCFCNHead(NearestCentroidMixin, FCNHead):
     """FCN; also as an auxiliary head."""
 
 
 @MODELS.register_module()
-class DNCASPPHead(NearestCentroidMixin, ASPPHead):  # type: ignore[misc]
+class DNCASPPHead(NearestCentroidMixin, ASPPHead):
     """DeepLabV3."""
 
 
 @MODELS.register_module()
-class DNCDepthwiseSeparableASPPHead(  # type: ignore[misc]
-    NearestCentroidMixin, DepthwiseSeparableASPPHead
-):
+class DNCDepthwiseSeparableASPPHead(NearestCentroidMixin, DepthwiseSeparableASPPHead):
     """DeepLabV3+."""
 
 
 @MODELS.register_module()
-class DNCUPerHead(NearestCentroidMixin, UPerHead):  # type: ignore[misc]
+class DNCUPerHead(NearestCentroidMixin, UPerHead):
     """UPerNet, for Swin and ConvNeXt."""
 
 
 @MODELS.register_module()
-class DNCSegformerHead(NearestCentroidMixin, SegformerHead):  # type: ignore[misc]
+class DNCSegformerHead(NearestCentroidMixin, SegformerHead):
     """SegFormer."""
 
 

@@ -85,11 +85,11 @@ class RandomStateHook(Hook):
 
     def before_val_epoch(self, runner: Any) -> None:
         """Remember the state: a loader draws from it."""
-        self.before_val = torch.get_rng_state()
+        self.kept = torch.get_rng_state()
 
     def after_val_epoch(self, runner: Any, metrics: Any = None) -> None:
         """Put it back."""
-        torch.set_rng_state(self.before_val)
+        torch.set_rng_state(self.kept)
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
         """Put back what was saved, once."""

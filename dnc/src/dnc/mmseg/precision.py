@@ -19,7 +19,7 @@ def is_bf16_fast() -> bool:
 
 
 @OPTIM_WRAPPERS.register_module()
-class Bf16OptimWrapper(OptimWrapper):  # type: ignore[misc]
+class Bf16OptimWrapper(OptimWrapper):
     """Forward passes of training in bfloat16 autocast; no loss scaling, which bfloat16 needs not.
 
     Attributes:

@@ -124,7 +124,7 @@ def compose(
     Returns: image (size, size, 3), and labels (size, size) as in the module's text.
     """
     size = scenes.size
-    photograph = photographs[random.integers(len(photographs))]
+    photograph = photographs[int(random.integers(len(photographs)))]
     y, x = (int(random.integers(whole - size + 1)) for whole in photograph.shape[:2])
     scene = photograph[y : y + size, x : x + size].astype(np.float64)
     if random.random() < 0.5:
@@ -148,7 +148,7 @@ def compose(
 
 
 @DATASETS.register_module()
-class DigitScenes(BaseSegDataset):  # type: ignore[misc]
+class DigitScenes(BaseSegDataset):
     """The generated scenes as a data set of mmseg; made below `data_root` when first asked for."""
 
     METAINFO = {"classes": CLASSES, "palette": [list(colour) for colour in PALETTE]}  # noqa: RUF012
@@ -161,7 +161,9 @@ class DigitScenes(BaseSegDataset):  # type: ignore[misc]
             scenes: fields of `Scenes` that differ from its defaults.
             **kwargs: of `BaseSegDataset`.
         """
-        options = {k: tuple(v) if isinstance(v, list) else v for k, v in (scenes or {}).items()}
+        options: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in (scenes or {}).items()
+        }
         write_scenes(Path(data_root), Scenes(**options))
         kwargs = {"img_suffix": ".jpg", "seg_map_suffix": ".png", **kwargs}
         super().__init__(data_root=data_root, **{"reduce_zero_label": True, **kwargs})
