@@ -32,7 +32,7 @@ class CentroidHook(Hook):
         self.heads = centroid_heads(runner.model)
         for _, head in self.heads:
             head.is_hooked = True
-        self._restart()
+        self._restart(is_new=runner.iter == 0)
         if self.heads and any(not ema.ema_model.update_buffers for ema in _averages(runner)):
             print_log(
                 "EMAHook evaluates averaged weights with sub-centroids of the latest weights; "
@@ -50,7 +50,7 @@ class CentroidHook(Hook):
             for (name, head), before in zip(self.heads, self.before, strict=True):
                 for measure, value in collapse_metrics(head.classifier, before).items():
                     runner.message_hub.update_scalar(f"train/{name}.{measure}", value)
-            self._restart()
+            self._restart(is_new=True)
 
     def after_train(self, runner: Any) -> None:
         """Give the updates back."""
@@ -69,9 +69,10 @@ class CentroidHook(Hook):
         """As for validation."""
         _normalize_averages(runner)
 
-    def _restart(self) -> None:
+    def _restart(self, is_new: bool) -> None:
+        """Measure from here; a resumed run goes on counting."""
         self.before = [head.classifier.centroids.clone() for _, head in self.heads]
-        for _, head in self.heads:
+        for _, head in self.heads if is_new else ():
             head.classifier.reset_usage()
 
 

@@ -8,6 +8,7 @@ import torch
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.registry import HOOKS
 
+from dnc.processes import reduce, world_size
 from shared_utils.errors import Interrupted
 
 
@@ -35,7 +36,13 @@ class InterruptHook(Hook):
 
         Raises: Interrupted with the line that goes on.
         """
-        if not self.is_stopping:
+        # All processes stop after the same step, whichever was told first.
+        device = next(runner.model.parameters()).device
+        if world_size() > 1 and not reduce(
+            torch.tensor(int(self.is_stopping), device=device), "max"
+        ):
+            return
+        if world_size() == 1 and not self.is_stopping:
             return
         self._give_back()
         for hook in runner.hooks:
