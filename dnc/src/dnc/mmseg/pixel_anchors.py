@@ -157,7 +157,7 @@ def _merge(
         best.cosines[c, k, t] = cosines[k].to(best.cosines.dtype)
         best.images[c, k, t] = index
         centres = [centre_of((y, x), size, grid.shape) for y, x in cells.tolist()]
-        pixels = torch.tensor(centres, device=grid.device).view(-1, 2)
+        pixels = torch.tensor(centres, dtype=torch.int64, device=grid.device).view(-1, 2)
         best.rows[c, k, t], best.columns[c, k, t] = pixels.unbind(1)
 
 
