@@ -69,7 +69,7 @@ bench: bench-e2vpt bench-dnc ## all benchmarks; each writes bench/NAME.json and 
 bench-e2vpt: $(STAMPS)/e2vpt ## E2VPT against full fine-tuning and the plain backbone
 	$(BIN)/e2vpt bench $(ARGS)
 bench-dnc: $(STAMPS)/dnc ## DNC against softmax and a loop over classes
-	$(BIN)/dnc bench $(ARGS)
+	$(BIN)/dnc bench --segmentation $(ARGS)
 
 ## tests and checks ---------------------------------------------------------------------------
 
@@ -204,9 +204,18 @@ $(STAMPS)/shared_utils: shared_utils/pyproject.toml $(STAMPS)/torch
 	@$(UV_INSTALL) --constraint $(TORCH_CONSTRAINTS) --editable ./shared_utils
 	@touch $@
 
-$(STAMPS)/e2vpt $(STAMPS)/dnc: $(STAMPS)/%: %/pyproject.toml $(STAMPS)/shared_utils
-	@echo '==> installing $*'
-	@$(UV_INSTALL) --constraint $(TORCH_CONSTRAINTS) --editable ./shared_utils --editable ./$*
+$(STAMPS)/e2vpt: e2vpt/pyproject.toml $(STAMPS)/shared_utils
+	@echo '==> installing e2vpt'
+	@$(UV_INSTALL) --constraint $(TORCH_CONSTRAINTS) --editable ./shared_utils --editable ./e2vpt
+	@touch $@
+
+# With mmsegmentation: nothing of it is compiled. mmengine asks for opencv-python, which needs
+# libraries of a desktop; the same module without windows takes its place.
+$(STAMPS)/dnc: dnc/pyproject.toml $(STAMPS)/shared_utils
+	@echo '==> installing dnc[mmseg]'
+	@echo "opencv-python; python_version < '3'" > $(STAMPS)/overrides.txt
+	@$(UV_INSTALL) --constraint $(TORCH_CONSTRAINTS) --override $(STAMPS)/overrides.txt \
+		--editable ./shared_utils --editable './dnc[mmseg]'
 	@touch $@
 
 $(STAMPS)/yolop_mtl: yolop_mtl/pyproject.toml constraints.txt $(STAMPS)/uv

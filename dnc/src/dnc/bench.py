@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import timm
 import torch
@@ -45,6 +45,8 @@ class BenchConfig:
     """images per step (0: 16 on a CPU, 256 on a GPU)"""
     repeats: int = 7
     """timed rounds after the warm-up, at least 5"""
+    segmentation: bool = False
+    """FCN and UPerNet at 512 pixels too: many minutes on a CPU"""
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -206,8 +208,13 @@ def peak_memory(kind: Kind, sizes: Sizes, batch_size: int, device: torch.device)
         torch.cuda.reset_peak_memory_stats()
         _three_steps(kind, sizes, batch_size, device)
         return torch.cuda.max_memory_allocated()
+    return peak_of_process("dnc.bench", kind, json.dumps(asdict(sizes)), str(batch_size))
+
+
+def peak_of_process(module: str, *words: str) -> int:
+    """Bytes that a module prints as its own peak, run in a process of its own."""
     done = subprocess.run(
-        [sys.executable, "-m", "dnc.bench", kind, json.dumps(asdict(sizes)), str(batch_size)],
+        [sys.executable, "-m", module, *words],
         check=True,
         capture_output=True,
         text=True,
@@ -291,6 +298,12 @@ def rows_of(
     else:
         skipped.append({"name": name, "reason": f"no {STATUS} to read it from"})
     rows.append(fit_row(sizes, cfg.repeats))
+    if cfg.segmentation:
+        from dnc.mmseg.bench import seg_rows
+
+        rows += seg_rows(cfg.repeats, device)
+    else:
+        skipped.append({"name": "all rows on segmentation", "reason": "no --segmentation"})
     return rows, skipped
 
 
@@ -325,9 +338,10 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _print_peak(kind: Kind, sizes: Sizes, batch_size: int) -> None:
+def print_peak(steps: Callable[[], None]) -> None:
+    """Print the bytes that this process grows by while it takes some steps."""
     before = _resident("VmRSS")
-    _three_steps(kind, sizes, batch_size, torch.device("cpu"))
+    steps()
     print(_resident("VmHWM") - before)
 
 
@@ -339,4 +353,6 @@ def _resident(name: str) -> int:
 
 
 if __name__ == "__main__":  # a side of `peak_memory`
-    _print_peak(cast(Kind, sys.argv[1]), Sizes(**json.loads(sys.argv[2])), int(sys.argv[3]))
+    asked: Any = sys.argv[1:]
+    sized = Sizes(**json.loads(asked[1]))
+    print_peak(lambda: _three_steps(asked[0], sized, int(asked[2]), torch.device("cpu")))

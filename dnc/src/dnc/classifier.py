@@ -24,12 +24,12 @@ from dnc.checks import (
 )
 from dnc.memory import Bank, Queue
 from dnc.processes import reduce, world_size
+from dnc.samples import Samples, joined, with_class
 from dnc.similarity import all_similarity, max_similarity, normalized, own_similarity
 from shared_utils.errors import InputError
 
 Memory = Literal["queue", "batch", "bank"]
 LogitNorm = Literal["none", "standard", "affine"]
-DOMINANT = 0.5  # the share of a soft label above which a sample counts as one of that class
 
 
 class Scores(NamedTuple):
@@ -37,14 +37,6 @@ class Scores(NamedTuple):
 
     cosines: Tensor
     nearest: Tensor
-
-
-class _Pending(NamedTuple):
-    """Samples of a loss, waiting for `update`: of unit length, detached."""
-
-    z: Tensor
-    labels: Tensor
-    indices: Tensor
 
 
 class NearestCentroidHead(nn.Module):
@@ -147,7 +139,7 @@ class NearestCentroidHead(nn.Module):
         elif memory == "bank":
             self.memory = Bank(embed_dim, memory_size)
         self.norm = nn.LayerNorm(num_classes) if logit_norm == "affine" else None
-        self._pending: list[_Pending] = []
+        self._pending: list[Samples] = []
 
     @property
     def is_faithful(self) -> bool:
@@ -170,7 +162,8 @@ class NearestCentroidHead(nn.Module):
     def scores(self, features: Tensor) -> Scores:
         """Cosines to the nearest sub-centroid of each class and its number, for (N, D)."""
         z = normalized(self._rows(features))
-        return Scores(*max_similarity(z, self.centroids.to(z.dtype)))
+        # Of a copy, where backward is to come: an update may come before it.
+        return Scores(*max_similarity(z, self.centroids.to(z.dtype, copy=z.requires_grad)))
 
     def cosines(self, features: Tensor) -> Tensor:
         """Cosines (N, C, K) of (N, D) to every sub-centroid; -inf to those not in use."""
@@ -202,24 +195,39 @@ class NearestCentroidHead(nn.Module):
         z = normalized(rows)
         kept, has_class = None, None
         if self.training and torch.is_grad_enabled():
-            kept, has_class = self._kept(z.detach(), targets, check_indices(indices, features))
+            places = check_indices(indices, features)
+            kept, has_class = with_class(z.detach(), targets, places, self.ignore_index)
         points = self.centroids
-        if kept is not None and bool((self.active & ~self.seeded).any()):
-            z_of, labels_of = kept.z.float(), kept.labels
-            points_of.seed(points, self.seeded, self.active, z_of, labels_of)
+        if kept is not None and self._seed(kept):
             points = points.clone()  # the next loss may seed more before backward comes to this one
         cosines, _ = max_similarity(z, points.to(z.dtype))
         logits = self.logits_of(cosines)
         if kept is not None:
-            if 0 <= self.correct_only_after <= int(self.updates.max()):
-                is_right = logits[has_class].argmax(dim=1) == kept.labels
-                kept = _Pending(*(part[is_right] for part in kept))
-            self._pending.append(kept)
+            self._keep(kept, logits[has_class] if self._is_selective else None)
         if targets.is_floating_point():
             loss = F.cross_entropy(logits, targets.to(logits.dtype), reduction="sum")
             return {"loss_dnc": loss / max(1, len(targets))}
         loss = F.cross_entropy(logits, targets, ignore_index=self.ignore_index, reduction="sum")
         return {"loss_dnc": loss / (targets != self.ignore_index).sum().clamp(min=1)}
+
+    @torch.no_grad()
+    def observe(self, features: Tensor, labels: Tensor, indices: Tensor | None = None) -> None:
+        """Seed and keep samples as `loss` in training mode does; what is scored is another matter.
+
+        For networks that make logits with `forward`, and perhaps of other features (dropout). Of
+        maps only what is not ignored is copied. Arguments and errors: those of `loss`, hard labels.
+        """
+        check_features(features, self.embed_dim)
+        check_map(labels, features)
+        check_labels(labels.flatten(), labels.numel(), self.num_classes, self.ignore_index)
+        if not self.training:
+            return
+        is_own = labels != self.ignore_index
+        places = check_indices(indices, features)[is_own.flatten()]
+        z = normalized(features.movedim(1, -1)[is_own])
+        kept = Samples(z, labels[is_own], places)
+        self._seed(kept)
+        self._keep(kept, self(z) if self._is_selective else None)
 
     @torch.no_grad()
     def update(self) -> None:
@@ -229,7 +237,8 @@ class NearestCentroidHead(nn.Module):
 
         Raises: InputError where features are NaN or infinite; nothing has changed then.
         """
-        z, labels, indices = self._take()
+        z, labels, indices = joined(self._pending, self.centroids)
+        self.drop_pending()
         check_finite(z)
         counts = reduce(torch.bincount(labels, minlength=self.num_classes), "sum")
         if not bool(counts.any()):
@@ -356,24 +365,24 @@ class NearestCentroidHead(nn.Module):
             logits: Tensor = self.norm(cosines)
         return logits
 
-    def _kept(self, z: Tensor, targets: Tensor, indices: Tensor) -> tuple[_Pending, Tensor]:
-        """The samples that have one class, or one that dominates, and which these are."""
-        if targets.is_floating_point():
-            share, labels = targets.max(dim=1)
-            has_class = share > DOMINANT
-        else:
-            labels, has_class = targets, targets != self.ignore_index
-        kept = _Pending(z[has_class], labels[has_class], indices[has_class])
-        return kept, has_class
+    @property
+    def _is_selective(self) -> bool:
+        """Whether only samples that are classified correctly count by now."""
+        return 0 <= self.correct_only_after <= int(self.updates.max())
 
-    def _take(self) -> _Pending:
-        """All that waits, as one; nothing waits then."""
-        pending, self._pending = self._pending, []
-        if not pending:
-            none = torch.zeros(0, dtype=torch.int64, device=self.centroids.device)
-            return _Pending(self.centroids.new_zeros(0, self.embed_dim), none, none)
-        joined = _Pending(*(torch.cat(parts) for parts in zip(*pending, strict=True)))
-        return joined._replace(z=joined.z.float())
+    def _seed(self, kept: Samples) -> bool:
+        """Seed classes that have no sub-centroids yet; whether there were any such classes."""
+        if not bool((self.active & ~self.seeded).any()):
+            return False
+        points_of.seed(self.centroids, self.seeded, self.active, kept.z.float(), kept.labels)
+        return True
+
+    def _keep(self, kept: Samples, logits: Tensor | None) -> None:
+        """Let samples wait for `update`; of logits those that are right alone."""
+        if logits is not None:
+            is_right = logits.argmax(dim=1) == kept.labels
+            kept = Samples(*(part[is_right] for part in kept))
+        self._pending.append(kept)
 
 
 def _as_map(logits: Tensor, features: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The command `dnc`: parse, run, report. What each command does lives in its own module."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -10,6 +10,8 @@ import tyro
 
 from shared_utils.config import parse, parse_recipe
 from shared_utils.errors import InputError, near_miss, run_main
+
+HELP = ("-h", "--help")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,12 +112,22 @@ def _bench(argv: Sequence[str]) -> None:
     bench(parse(BenchConfig, argv, prog="dnc bench", about=BenchConfig.__doc__ or ""))
 
 
-COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
+def _seg(argv: Sequence[str]) -> None:
+    from dnc.seg_cli import SEG_COMMANDS
+
+    _dispatch("dnc seg", SEG_COMMANDS, argv)
+    if not argv or argv[0] in HELP:
+        raise SystemExit(0)
+
+
+Commands = Mapping[str, tuple[Callable[[Sequence[str]], None], str]]
+COMMANDS: Commands = {
     "train": (_train, "train an encoder under sub-centroids, softmax or cosine"),
     "fit": (_fit, "turn a trained network into a classifier, without training"),
     "evaluate": (_evaluate, "measure a run again, on other data, or against unknown images"),
     "explain": (_explain, "name the training images behind a decision"),
     "bench": (_bench, "time and memory against a softmax head and a loop over classes"),
+    "seg": (_seg, "the same for segmentation, in mmsegmentation"),
 }
 
 
@@ -123,16 +135,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
 
-    def body() -> None:
-        if not words or words[0] in ("-h", "--help"):
-            print("usage: dnc COMMAND [OPTIONS]\n\ncommands (each has --help):")
-            for name, (_, what) in COMMANDS.items():
-                print(f"  {name:<10} {what}")
-            return
-        if words[0] not in COMMANDS:
-            raise InputError(
-                "command", f"'{words[0]}'", "a known command", near_miss(words[0], COMMANDS)
-            )
-        COMMANDS[words[0]][0](words[1:])
+    return run_main(lambda: _dispatch("dnc", COMMANDS, words))
 
-    return run_main(body)
+
+def _dispatch(prog: str, commands: Commands, words: Sequence[str]) -> None:
+    """Run the command that the first word names, or list them."""
+    if not words or words[0] in HELP:
+        print(f"usage: {prog} COMMAND [OPTIONS]\n\ncommands (each has --help):")
+        for name, (_, what) in commands.items():
+            print(f"  {name:<10} {what}")
+        return
+    if words[0] not in commands:
+        raise InputError(
+            "command", f"'{words[0]}'", "a known command", near_miss(words[0], commands)
+        )
+    commands[words[0]][0](words[1:])

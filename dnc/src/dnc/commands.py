@@ -118,7 +118,7 @@ def explain_run(
                     true_class=classifier.class_names[int(own.labels[index])],
                 )
             )
-    for path in _files(images):
+    for path in image_files(images):
         with reading(path, "an image"), Image.open(path) as opened:
             image = to_rgb(opened)
         found.append(
@@ -209,7 +209,8 @@ def _class_anchors(
     ]
 
 
-def _files(words: Sequence[str]) -> list[Path]:
+def image_files(words: Sequence[str]) -> list[Path]:
+    """Files, what lies below folders, and what patterns match.  Raises: MissingFileError."""
     found: list[Path] = []
     for word in words:
         path = Path(word)

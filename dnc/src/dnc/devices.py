@@ -49,16 +49,21 @@ def launch_fabric(run: RunConfig) -> Fabric:
 
 def run_facts(fabric: Fabric) -> dict[str, Any]:
     """The part of `result.json` that says what it ran on."""
-    is_gpu = fabric.device.type == "cuda"
+    return device_facts(fabric.device, str(fabric._precision.precision), fabric.world_size)
+
+
+def device_facts(device: torch.device, precision: str, processes: int) -> dict[str, Any]:
+    """The same where there is no Fabric."""
+    is_gpu = device.type == "cuda"
     if is_gpu:
-        memory = torch.cuda.max_memory_allocated(fabric.device)
+        memory = torch.cuda.max_memory_allocated(device)
     else:
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
         "peak_memory_bytes": int(memory),
-        "device": torch.cuda.get_device_name(fabric.device) if is_gpu else "cpu",
-        "precision": str(fabric._precision.precision),
-        "processes": fabric.world_size,
+        "device": torch.cuda.get_device_name(device) if is_gpu else "cpu",
+        "precision": precision,
+        "processes": processes,
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,

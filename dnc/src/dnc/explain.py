@@ -87,14 +87,8 @@ def explain_features(
     Raises: InputError where the classifier cannot be explained.
     """
     head, anchors = classifier.head, explainable(classifier)
-    if top < 2:
-        raise InputError("top", top, "2 or more", "correct it")
-    cosines = head.cosines(z[None])[0]  # (C, K)
-    best = cosines.amax(dim=1)
-    probabilities = head.logits_of(best[None])[0].softmax(dim=0)
-    order = sorted(range(len(best)), key=lambda c: (-float(best[c]), c))
 
-    def anchor(c: int, k: int) -> Anchor:
+    def anchor(c: int, k: int, cosine: float) -> Anchor:
         index = anchors.indices[c][k]
         return Anchor(
             class_index=c,
@@ -102,31 +96,69 @@ def explain_features(
             centroid=k,
             index=index,
             path=anchors.paths[c][k],
-            cosine=float(cosines[c, k]),
+            cosine=cosine,
             image=picture(index),
         )
+
+    return decision(
+        head,
+        head.cosines(z[None])[0],
+        anchor,
+        top=top,
+        image=image,
+        source=source,
+        true_class=true_class,
+    )
+
+
+@torch.no_grad()
+def decision(
+    head: NearestCentroidHead,
+    cosines: Tensor,
+    anchor: Callable[[int, int, float], Anchor],
+    *,
+    top: int,
+    **shown: Any,
+) -> Explanation:
+    """The explanation of a decision by cosines.
+
+    Args:
+        head: made them.
+        cosines: (C, K) to the sub-centroids, which are training data; -inf to those not in use.
+        anchor: class, sub-centroid and cosine -> what is shown of it.
+        top: classes to name, the predicted one included; 2 or more.
+        **shown: further fields of `Explanation`.
+
+    Raises: InputError where `top` is too small.
+    """
+    if top < 2:
+        raise InputError("top", top, "2 or more", "correct it")
+    best = cosines.amax(dim=1)
+    probabilities = head.logits_of(best[None])[0].softmax(dim=0)
+    order = sorted(range(len(best)), key=lambda c: (-float(best[c]), c))
+
+    def place(c: int, k: int) -> Anchor:
+        return anchor(c, k, float(cosines[c, k]))
 
     winner, rival = order[0], order[1]
     places = sorted(
         (k for k in range(cosines.shape[1]) if bool(cosines[winner, k].isfinite())),
         key=lambda k: (-float(cosines[winner, k]), k),
     )
-    own = tuple(anchor(winner, k) for k in places)
-    rivals = tuple(anchor(c, int(cosines[c].argmax())) for c in order[1:top])
+    own = tuple(place(winner, k) for k in places)
+    rivals = tuple(place(c, int(cosines[c].argmax())) for c in order[1:top])
     # Of equals the class of the lower number wins.
     bar = (float(best[rival]), -rival)
     above = tuple(a for a in own if (a.cosine, -winner) > bar)
     return Explanation(
-        image=image,
-        source=source,
         predicted=own[0],
         probability=float(probabilities[winner]),
         rivals=rivals,
         own=own,
         margin=own[0].cosine - rivals[0].cosine,
         flips_without=above,
-        flips_to=classifier.class_names[rival],
-        true_class=true_class,
+        flips_to=rivals[0].class_name,
+        **shown,
     )
 
 

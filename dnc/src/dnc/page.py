@@ -40,6 +40,7 @@ class Anchor:
         cosine: to the explained image, in [-1, 1]; not used of the anchors in a list of classes.
         image: the picture as PNG, of any size: the page holds it no larger than it draws it. Empty
             of an anchor in a list of classes that is not `pictured`.
+        pixel: row and column, where the anchor is a pixel of the training image.
     """
 
     class_index: int
@@ -49,11 +50,13 @@ class Anchor:
     path: str | None
     cosine: float
     image: bytes = field(repr=False)
+    pixel: tuple[int, int] | None = None
 
     @property
     def name(self) -> str:
         """What a text calls it."""
-        return f"training image {self.index}"
+        place = "" if self.pixel is None else " at row {}, column {}".format(*self.pixel)
+        return f"training image {self.index}{place}"
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,8 @@ class Explanation:
             those above the best rival, best first.
         flips_to: the class that wins then.
         true_class: the right answer, where it is known.
+        kind: what is explained, in one word: image, or region or pixel of one.
+        similarity: PNG of how similar each place of the image is to `predicted`; none: b"".
     """
 
     image: bytes = field(repr=False)
@@ -84,6 +89,8 @@ class Explanation:
     flips_without: tuple[Anchor, ...]
     flips_to: str
     true_class: str | None = None
+    kind: str = "image"
+    similarity: bytes = field(default=b"", repr=False)
 
     def __post_init__(self) -> None:
         if not (self.rivals and self.own and self.flips_without):
@@ -310,6 +317,7 @@ def _decision(e: Explanation, at: int, num_anchors: int) -> dict[str, Any]:
         "small": inline(e.image, SMALL),
         "picture": inline(e.image, LARGE),
         "winner_picture": inline(e.predicted.image, LARGE),
+        "similarity": inline(e.similarity, LARGE) if e.similarity else None,
         "is_long": len(e.predicted.class_name) >= LONG_NAME,
         "cosine": number(e.predicted.cosine, MIN_DIGITS),
         "file": _file(e.predicted),
@@ -352,7 +360,8 @@ def _class(
 
 def _anchor_dict(anchor: Anchor) -> dict[str, Any]:
     names = ("class_index", "class_name", "centroid", "index", "path", "cosine")
-    return {name: getattr(anchor, name) for name in names}
+    pixel = {} if anchor.pixel is None else dict(zip(("row", "column"), anchor.pixel, strict=True))
+    return {name: getattr(anchor, name) for name in names} | pixel
 
 
 def _key(anchor: Anchor) -> tuple[int, int]:

@@ -1,0 +1,42 @@
+"""bfloat16 autocast on a CPU, which mmengine's own wrapper refuses."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from mmengine.optim import OptimWrapper
+from mmengine.registry import OPTIM_WRAPPERS
+
+
+def is_bf16_fast() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware; elsewhere it is slower than float32."""
+    is_amx, is_avx = (
+        getattr(torch.cpu, name, lambda: False)
+        for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    )
+    return bool(is_amx() or is_avx())
+
+
+@OPTIM_WRAPPERS.register_module()
+class Bf16OptimWrapper(OptimWrapper):
+    """Forward passes of training in bfloat16 autocast; no loss scaling, which bfloat16 needs not.
+
+    Attributes:
+        is_bf16: whether autocast is on.
+    """
+
+    def __init__(self, *args: Any, only_if_fast: bool = False, **kwargs: Any) -> None:
+        """Take `OptimWrapper`'s arguments; `only_if_fast`: float32 on CPUs without bfloat16."""
+        super().__init__(*args, **kwargs)
+        self.is_bf16 = torch.cuda.is_available() or not only_if_fast or is_bf16_fast()
+
+    @contextmanager
+    def optim_context(self, model: torch.nn.Module) -> Iterator[None]:
+        """The wrapper's context, and autocast."""
+        device = next(model.parameters()).device.type
+        with (
+            super().optim_context(model),
+            torch.autocast(device, torch.bfloat16, enabled=self.is_bf16),
+        ):
+            yield

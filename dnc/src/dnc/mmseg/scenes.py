@@ -1,0 +1,208 @@
+"""Scenes of handwritten digits on photographs, generated and written once in ADE20K's folder form.
+
+Digits (scikit-learn's 8x8 handwritten ones) at random sizes, places and colours on crops of
+scikit-learn's two sample photographs; nothing is fetched. A digit and a part of a photograph are in
+training or in test scenes, never in both.
+
+Label images hold 0 where nothing counts (the blurred rim of a digit), 1 for the background and
+2 to 11 for the digits 0 to 9: with `reduce_zero_label` these are classes 0 to 10 and the rim is
+ignored.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mmseg.datasets import BaseSegDataset
+from mmseg.registry import DATASETS
+from numpy.random import Generator
+from numpy.typing import NDArray
+from PIL import Image
+from sklearn.datasets import load_digits, load_sample_images
+
+from shared_utils.checkpoint import reading, write_text
+from shared_utils.errors import InputError
+
+CLASSES = ("background", *"0123456789")
+PALETTE = (
+    (90, 90, 90), (230, 25, 75), (60, 180, 75), (255, 225, 25), (0, 130, 200), (245, 130, 48),
+    (145, 30, 180), (70, 240, 240), (240, 50, 230), (210, 245, 60), (250, 190, 212),
+)  # fmt: skip
+FOLDERS = {"train": "training", "test": "validation"}  # ADE20K's names
+INK, RIM = 0.5, 0.15  # opacity from which a pixel is a digit, and from which it is not background
+TRAIN_SHARE = 2 / 3  # of the digits, and of the width of the photographs
+CARD = "scenes.json"
+Bytes = NDArray[np.uint8]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scenes:
+    """What is generated.
+
+    Attributes:
+        num_train: training scenes.
+        num_test: test scenes.
+        size: side of a scene, pixels.
+        digits: fewest and most digits of a scene.
+        sides: smallest and largest side of a digit, pixels.
+        seed: of every random choice.
+    """
+
+    num_train: int = 600
+    num_test: int = 120
+    size: int = 128
+    digits: tuple[int, int] = (3, 6)
+    sides: tuple[int, int] = (30, 64)
+    seed: int = 0
+
+
+def write_scenes(root: Path, scenes: Scenes) -> None:
+    """Generate the scenes below `root`, whole or not at all; nothing where they are there already.
+
+    Raises: InputError where `root` holds something else.
+    """
+    card = json.loads(json.dumps(asdict(scenes)))
+    if root.exists():
+        with reading(root / CARD, f"the {CARD} of generated scenes"):
+            found = json.loads((root / CARD).read_text())
+        if found != card:
+            odd = next(key for key in card if found.get(key) != card[key])
+            raise InputError(
+                "data_root",
+                f"{root} with {odd} {found.get(odd)}",
+                f"{card[odd]}",
+                "remove that folder, or name another one",
+            )
+        return
+    made = root.with_name(f".{root.name}.{os.getpid()}")
+    shutil.rmtree(made, ignore_errors=True)
+    photographs = [np.asarray(photograph) for photograph in load_sample_images().images]
+    images, labels = load_digits(return_X_y=True)
+    order = np.random.default_rng(scenes.seed).permutation(len(labels))
+    first = round(TRAIN_SHARE * len(order))
+    for number, (split, folder) in enumerate(FOLDERS.items()):
+        pictures, annotations = (made / part / folder for part in ("images", "annotations"))
+        pictures.mkdir(parents=True)
+        annotations.mkdir(parents=True)
+        own = order[:first] if split == "train" else order[first:]
+        cut = [_part(photograph, split) for photograph in photographs]
+        for i in range(scenes.num_train if split == "train" else scenes.num_test):
+            random = np.random.default_rng([scenes.seed, number, i])
+            picture, annotation = compose(random, images[own], labels[own], cut, scenes)
+            Image.fromarray(picture).save(pictures / f"{i:05d}.jpg", quality=95)
+            Image.fromarray(annotation).save(annotations / f"{i:05d}.png")
+    write_text(json.dumps(card) + "\n", made / CARD)
+    try:
+        os.rename(made, root)
+    except OSError:  # another process was faster
+        shutil.rmtree(made)
+        if not (root / CARD).is_file():
+            raise
+
+
+def compose(
+    random: Generator,
+    images: NDArray[Any],
+    labels: NDArray[Any],
+    photographs: Sequence[Bytes],
+    scenes: Scenes,
+) -> tuple[Bytes, Bytes]:
+    """One scene.
+
+    Args:
+        random: makes every choice.
+        images: (N, 64) digits, 0 to 16.
+        labels: (N,) 0 to 9.
+        photographs: (H, W, 3) each, larger than a scene.
+        scenes: sizes and counts.
+
+    Returns: image (size, size, 3), and labels (size, size) as in the module's text.
+    """
+    size = scenes.size
+    photograph = photographs[int(random.integers(len(photographs)))]
+    y, x = (int(random.integers(whole - size + 1)) for whole in photograph.shape[:2])
+    scene = photograph[y : y + size, x : x + size].astype(np.float64)
+    if random.random() < 0.5:
+        scene = scene[:, ::-1]
+    annotation = np.ones((size, size), np.uint8)
+    taken: list[tuple[int, int, int]] = []
+    for _ in range(int(random.integers(scenes.digits[0], scenes.digits[1] + 1))):
+        side = int(random.integers(scenes.sides[0], scenes.sides[1] + 1))
+        place = _free_place(random, size, side, taken)
+        if place is None:
+            continue
+        taken.append((*place, side))
+        which = int(random.integers(len(labels)))
+        here = (slice(place[0], place[0] + side), slice(place[1], place[1] + side))
+        opacity = _enlarged(images[which], side)
+        colour = _visible_colour(random, scene[here])
+        scene[here] += opacity[..., None] * (colour - scene[here])
+        annotation[here][opacity >= RIM] = 0
+        annotation[here][opacity >= INK] = labels[which] + 2
+    return scene.round().astype(np.uint8), annotation
+
+
+@DATASETS.register_module()
+class DigitScenes(BaseSegDataset):
+    """The generated scenes as a data set of mmseg; made below `data_root` when first asked for."""
+
+    METAINFO = {"classes": CLASSES, "palette": [list(colour) for colour in PALETTE]}  # noqa: RUF012
+
+    def __init__(self, data_root: str, scenes: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Generate what is missing, then read.
+
+        Args:
+            data_root: folder of the scenes.
+            scenes: fields of `Scenes` that differ from its defaults.
+            **kwargs: of `BaseSegDataset`.
+        """
+        options: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in (scenes or {}).items()
+        }
+        write_scenes(Path(data_root), Scenes(**options))
+        kwargs = {"img_suffix": ".jpg", "seg_map_suffix": ".png", **kwargs}
+        super().__init__(data_root=data_root, **{"reduce_zero_label": True, **kwargs})
+
+
+def _part(photograph: Bytes, split: str) -> Bytes:
+    cut = round(TRAIN_SHARE * photograph.shape[1])
+    return photograph[:, :cut] if split == "train" else photograph[:, cut:]
+
+
+def _free_place(
+    random: Generator, size: int, side: int, taken: Sequence[tuple[int, int, int]]
+) -> tuple[int, int] | None:
+    """Upper left corner of a square that covers no other by more than a tenth of itself."""
+    for _ in range(30):
+        y, x = (int(random.integers(size - side + 1)) for _ in range(2))
+        overlaps = (
+            max(0, min(y + side, v + other) - max(y, v))
+            * max(0, min(x + side, u + other) - max(x, u))
+            / min(side, other) ** 2
+            for v, u, other in taken
+        )
+        if all(overlap <= 0.1 for overlap in overlaps):
+            return y, x
+    return None
+
+
+def _enlarged(digit: NDArray[Any], side: int) -> NDArray[np.float64]:
+    """(64,) 0 to 16 -> (side, side) opacity 0 to 1, with an empty margin of a tenth."""
+    margin = np.pad(digit.reshape(8, 8), 1)
+    small = Image.fromarray((margin * (255 / 16)).astype(np.uint8))
+    large = np.asarray(small.resize((side, side), Image.Resampling.BICUBIC), np.float64)
+    return np.clip(large / 160, 0, 1)
+
+
+def _visible_colour(random: Generator, behind: NDArray[np.float64]) -> NDArray[np.float64]:
+    """A colour that stands out from what it covers."""
+    mean = behind.mean()
+    while True:
+        colour = random.uniform(0, 255, 3)
+        if abs(colour.mean() - mean) >= 70:
+            return colour
