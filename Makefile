@@ -204,14 +204,9 @@ $(STAMPS)/shared_utils: shared_utils/pyproject.toml $(STAMPS)/torch
 	@$(UV_INSTALL) --constraint $(TORCH_CONSTRAINTS) --editable ./shared_utils
 	@touch $@
 
-$(STAMPS)/e2vpt $(STAMPS)/dnc: $(STAMPS)/%: %/pyproject.toml $(STAMPS)/shared_utils
+$(STAMPS)/e2vpt $(STAMPS)/dnc $(STAMPS)/yolop_mtl: $(STAMPS)/%: %/pyproject.toml $(STAMPS)/shared_utils
 	@echo '==> installing $*'
 	@$(UV_INSTALL) --constraint $(TORCH_CONSTRAINTS) --editable ./shared_utils --editable ./$*
-	@touch $@
-
-$(STAMPS)/yolop_mtl: yolop_mtl/pyproject.toml constraints.txt $(STAMPS)/uv
-	@echo '==> installing yolop_mtl'
-	@$(UV_INSTALL) --constraint constraints.txt --editable ./yolop_mtl
 	@touch $@
 
 $(STAMPS)/tools: constraints.txt $(STAMPS)/uv
