@@ -206,6 +206,11 @@ def test_start_expects_eight_objects_per_image() -> None:
     assert share == pytest.approx([0.00125, 0.00498, 0.01961], rel=5e-3)
 
 
+def test_start_expects_lanes_on_a_fiftieth_of_the_pixels() -> None:
+    head = build_model("nano", tasks=["lane"]).lane
+    assert head.output.norm.bias.sigmoid().item() == pytest.approx(0.02)
+
+
 # ---- tasks ----------------------------------------------------------------------------------
 
 SUBSETS = [subset for count in (1, 2, 3) for subset in itertools.combinations(TASKS, count)]

@@ -7,7 +7,7 @@ Folders may be named as BDD100K names them or as YOLOP's downloads do; see `find
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -158,7 +158,7 @@ def find_folders(root: Path, split: str) -> dict[str, Path]:
 
     Raises: MissingFileError where there are no images.
     """
-    found = {}
+    found: dict[str, Path] = {}
     for role, patterns in FOLDERS.items():
         paths = [root / pattern.format(split) for pattern in patterns]
         for path in paths:
@@ -197,7 +197,8 @@ def load_records(
         role: _by_stem(folders[role], (".png",)) if role in folders else {}
         for role in ("drivable", "lane")
     }
-    for role, found in (("boxes", boxes), *masks.items()):
+    labelled: dict[str, Collection[str]] = {"boxes": boxes, **masks}
+    for role, found in labelled.items():
         extra = sorted(set(found) - set(images))
         if extra:
             got = f"labels of {len(extra)} images that are not there, first '{extra[0]}'"

@@ -82,7 +82,9 @@ def _bezier(controls: Points) -> Points:
     count = int(np.clip(math.ceil(length / PIXELS_PER_STEP), 4, 256))
     t = np.linspace(0, 1, count + 1)[1:, None]
     a, b, c, d = controls
-    return (1 - t) ** 3 * a + 3 * (1 - t) ** 2 * t * b + 3 * (1 - t) * t**2 * c + t**3 * d
+    curve: Points = (1 - t) ** 3 * a + 3 * (1 - t) ** 2 * t * b + 3 * (1 - t) * t**2 * c
+    curve += t**3 * d
+    return curve
 
 
 def resample(points: Points, count: int = SAMPLES) -> Points:
