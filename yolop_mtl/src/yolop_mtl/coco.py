@@ -51,10 +51,8 @@ def load_records(root: Path, split: str, classes: Classes | None = None) -> list
     if not images:
         raise InputError(str(folder), "no image", "one or more", "check data.root and the split")
     boxes: dict[str, Record] = {}
-    names = [f"{split}.json", f"instances_{split}.json"]
-    for path in (root / "annotations" / name for name in names):
-        if path.is_file() and not boxes:
-            boxes = _load_boxes(path, classes or _own_classes(path), set(images))
+    if path := _find_json(root, split):
+        boxes = _load_boxes(path, classes or _own_classes(path), set(images))
     records = []
     for name, image in images.items():
         own = boxes.get(name, Record(image))
@@ -62,6 +60,17 @@ def load_records(root: Path, split: str, classes: Classes | None = None) -> list
         found = [mask if mask.is_file() else None for mask in masks]
         records.append(Record(image, own.boxes_xyxy, own.labels, *found))
     return records
+
+
+def find_classes(root: Path, split: str) -> Classes | None:
+    """The categories of a split's file, each a class; None where there is no file."""
+    path = _find_json(root, split)
+    return None if path is None else _own_classes(path)
+
+
+def _find_json(root: Path, split: str) -> Path | None:
+    names = (f"{split}.json", f"instances_{split}.json")
+    return next((p for name in names if (p := root / "annotations" / name).is_file()), None)
 
 
 def _own_classes(path: Path) -> Classes:

@@ -30,15 +30,17 @@ BASE_GAINS = {
 }
 
 
-def default_gains(*, num_classes: int, img_size: tuple[int, int]) -> dict[str, float]:
+def default_gains(
+    *, num_classes: int, img_size: tuple[int, int], base: Mapping[str, float] = BASE_GAINS
+) -> dict[str, float]:
     """Gains for a number of classes and a size (H, W) in pixels.
 
-    The class term's grows with the classes (0.3 for 80), objectness's with the square of the longer
-    side (0.7 for 640).
+    The class term's is meant for 80 classes and grows with them, objectness's for 640 pixels and
+    grows with the square of the longer side.
     """
-    return BASE_GAINS | {
-        "loss_cls": BASE_GAINS["loss_cls"] * num_classes / 80,
-        "loss_obj": BASE_GAINS["loss_obj"] * (max(img_size) / 640) ** 2,
+    return dict(base) | {
+        "loss_cls": base["loss_cls"] * num_classes / 80,
+        "loss_obj": base["loss_obj"] * (max(img_size) / 640) ** 2,
     }
 
 
