@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor, nn
 
 from shared_utils.errors import InputError, near_miss
@@ -56,7 +57,8 @@ class YOLOPv2(nn.Module):
 
         Raises: InputError for another size.
         """
-        check_size(images.shape)
+        if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):  # sizes may be symbols
+            check_size(images.shape)
         features = self.neck(*self.backbone(images))
         out: dict[str, Any] = {}
         if self.detection is not None:
