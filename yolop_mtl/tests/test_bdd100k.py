@@ -36,6 +36,9 @@ def test_both_years_give_the_same_boxes_and_masks(old: Path, new: Path) -> None:
         for scene in (first, second)
     ]
     assert numbers[0] == numbers[1] == [2, 3, 0, 4]
+    for scene in (first, second):
+        assert [area.is_alternative for area in scene.areas] == [False, True]
+        assert [line.kind for line in scene.lines] == [("single white", "parallel", "solid")] * 2
     for kind in ("merged", "direct_only", "three"):
         areas = [draw_areas(scene.areas, SIZE, classes=kind) for scene in (first, second)]
         assert np.array_equal(*areas)
