@@ -57,7 +57,9 @@ class YOLOPv2(nn.Module):
 
         Raises: InputError for another size.
         """
-        if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):  # sizes may be symbols
+        # Not while the graph is recorded: sizes are symbols there.
+        is_traced = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        if not is_traced and not torch.compiler.is_compiling():
             check_size(images.shape)
         features = self.neck(*self.backbone(images))
         out: dict[str, Any] = {}
