@@ -204,9 +204,9 @@ $(STAMPS)/shared_utils: shared_utils/pyproject.toml $(STAMPS)/torch
 	@$(UV_INSTALL) --constraint $(TORCH_CONSTRAINTS) --editable ./shared_utils
 	@touch $@
 
-$(STAMPS)/e2vpt: e2vpt/pyproject.toml $(STAMPS)/shared_utils
-	@echo '==> installing e2vpt'
-	@$(UV_INSTALL) --constraint $(TORCH_CONSTRAINTS) --editable ./shared_utils --editable ./e2vpt
+$(STAMPS)/e2vpt $(STAMPS)/yolop_mtl: $(STAMPS)/%: %/pyproject.toml $(STAMPS)/shared_utils
+	@echo '==> installing $*'
+	@$(UV_INSTALL) --constraint $(TORCH_CONSTRAINTS) --editable ./shared_utils --editable ./$*
 	@touch $@
 
 # With mmsegmentation: nothing of it is compiled. mmengine asks for opencv-python, which needs
@@ -216,11 +216,6 @@ $(STAMPS)/dnc: dnc/pyproject.toml $(STAMPS)/shared_utils
 	@echo "opencv-python; python_version < '3'" > $(STAMPS)/overrides.txt
 	@$(UV_INSTALL) --constraint $(TORCH_CONSTRAINTS) --override $(STAMPS)/overrides.txt \
 		--editable ./shared_utils --editable './dnc[mmseg]'
-	@touch $@
-
-$(STAMPS)/yolop_mtl: yolop_mtl/pyproject.toml constraints.txt $(STAMPS)/uv
-	@echo '==> installing yolop_mtl'
-	@$(UV_INSTALL) --constraint constraints.txt --editable ./yolop_mtl
 	@touch $@
 
 $(STAMPS)/tools: constraints.txt $(STAMPS)/uv
