@@ -6,7 +6,8 @@ Command: dnc seg train dnc/configs/digitscenes_fcn_softmax.py
 _base_ = ["mmseg::_base_/default_runtime.py", "./_base_/dnc.py"]
 
 data_root = "runs/data/digitscenes"
-max_iters = 500
+crop_size = (112, 112)
+max_iters = 800
 norm_cfg = dict(type="BN", requires_grad=True)
 num_classes = 11
 
@@ -17,7 +18,7 @@ model = dict(
         mean=[123.675, 116.28, 103.53],
         std=[58.395, 57.12, 57.375],
         bgr_to_rgb=True,
-        size=(128, 128),
+        size=crop_size,
         pad_val=0,
         seg_pad_val=255,
     ),
@@ -56,9 +57,7 @@ model = dict(
 train_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="LoadAnnotations", reduce_zero_label=True),
-    dict(type="RandomResize", scale=(128, 128), ratio_range=(0.75, 1.5), keep_ratio=True),
-    dict(type="RandomCrop", crop_size=(128, 128), cat_max_ratio=0.95),
-    dict(type="PhotoMetricDistortion"),
+    dict(type="RandomCrop", crop_size=crop_size, cat_max_ratio=0.97),
     dict(type="PackSegInputs"),
 ]
 test_pipeline = [
@@ -95,22 +94,22 @@ test_evaluator = val_evaluator
 optim_wrapper = dict(
     type="Bf16OptimWrapper",
     only_if_fast=True,
-    optimizer=dict(type="AdamW", lr=2e-3, weight_decay=0.05),
+    optimizer=dict(type="AdamW", lr=1e-3, weight_decay=0.05),
     paramwise_cfg=dict(norm_decay_mult=0.0, bias_decay_mult=0.0),
     clip_grad=dict(max_norm=5.0),
 )
 param_scheduler = [
-    dict(type="LinearLR", start_factor=0.02, begin=0, end=30, by_epoch=False),
-    dict(type="CosineAnnealingLR", eta_min=2e-5, begin=30, end=max_iters, by_epoch=False),
+    dict(type="LinearLR", start_factor=0.02, begin=0, end=50, by_epoch=False),
+    dict(type="CosineAnnealingLR", eta_min=2e-5, begin=50, end=max_iters, by_epoch=False),
 ]
-train_cfg = dict(type="IterBasedTrainLoop", max_iters=max_iters, val_interval=125)
+train_cfg = dict(type="IterBasedTrainLoop", max_iters=max_iters, val_interval=200)
 val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")
 default_hooks = dict(
     timer=dict(type="IterTimerHook"),
     logger=dict(type="LoggerHook", interval=25, log_metric_by_epoch=False),
     param_scheduler=dict(type="ParamSchedulerHook"),
-    checkpoint=dict(type="CheckpointHook", by_epoch=False, interval=125, max_keep_ckpts=2),
+    checkpoint=dict(type="CheckpointHook", by_epoch=False, interval=200, max_keep_ckpts=2),
     sampler_seed=dict(type="DistSamplerSeedHook"),
     visualization=dict(type="SegVisualizationHook"),
 )

@@ -1,8 +1,8 @@
 """Scenes of handwritten digits on photographs, generated and written once in ADE20K's folder form.
 
-Digits (scikit-learn's 8x8 handwritten ones) at random sizes, places and colours on crops of
-scikit-learn's two sample photographs; nothing is fetched. A digit and a part of a photograph are in
-training or in test scenes, never in both.
+Digits (scikit-learn's 8x8 handwritten ones) at random sizes, places and bright colours on darkened
+crops of scikit-learn's two sample photographs; nothing is fetched. A digit and a part of a
+photograph are in training or in test scenes, never in both.
 
 Label images hold 0 where nothing counts (the blurred rim of a digit), 1 for the background and
 2 to 11 for the digits 0 to 9: with `reduce_zero_label` these are classes 0 to 10 and the rim is
@@ -34,6 +34,7 @@ PALETTE = (
     (145, 30, 180), (70, 240, 240), (240, 50, 230), (210, 245, 60), (250, 190, 212),
 )  # fmt: skip
 FOLDERS = {"train": "training", "test": "validation"}  # ADE20K's names
+DIM, BRIGHT = 0.6, (160, 255)  # of photographs, and of each channel of a digit's colour
 INK, RIM = 0.5, 0.15  # opacity from which a pixel is a digit, and from which it is not background
 TRAIN_SHARE = 2 / 3  # of the digits, and of the width of the photographs
 CARD = "scenes.json"
@@ -56,8 +57,8 @@ class Scenes:
     num_train: int = 600
     num_test: int = 120
     size: int = 128
-    digits: tuple[int, int] = (3, 6)
-    sides: tuple[int, int] = (30, 64)
+    digits: tuple[int, int] = (2, 4)
+    sides: tuple[int, int] = (40, 72)
     seed: int = 0
 
 
@@ -126,7 +127,7 @@ def compose(
     size = scenes.size
     photograph = photographs[int(random.integers(len(photographs)))]
     y, x = (int(random.integers(whole - size + 1)) for whole in photograph.shape[:2])
-    scene = photograph[y : y + size, x : x + size].astype(np.float64)
+    scene = DIM * photograph[y : y + size, x : x + size].astype(np.float64)
     if random.random() < 0.5:
         scene = scene[:, ::-1]
     annotation = np.ones((size, size), np.uint8)
@@ -140,7 +141,7 @@ def compose(
         which = int(random.integers(len(labels)))
         here = (slice(place[0], place[0] + side), slice(place[1], place[1] + side))
         opacity = _enlarged(images[which], side)
-        colour = _visible_colour(random, scene[here])
+        colour = random.uniform(*BRIGHT, 3)
         scene[here] += opacity[..., None] * (colour - scene[here])
         annotation[here][opacity >= RIM] = 0
         annotation[here][opacity >= INK] = labels[which] + 2
@@ -197,12 +198,3 @@ def _enlarged(digit: NDArray[Any], side: int) -> NDArray[np.float64]:
     small = Image.fromarray((margin * (255 / 16)).astype(np.uint8))
     large = np.asarray(small.resize((side, side), Image.Resampling.BICUBIC), np.float64)
     return np.clip(large / 160, 0, 1)
-
-
-def _visible_colour(random: Generator, behind: NDArray[np.float64]) -> NDArray[np.float64]:
-    """A colour that stands out from what it covers."""
-    mean = behind.mean()
-    while True:
-        colour = random.uniform(0, 255, 3)
-        if abs(colour.mean() - mean) >= 70:
-            return colour
