@@ -11,6 +11,7 @@ PYTHON ?= python3
 # A second environment: make test VENV=.venv-3.13 PYTHON=python3.13
 VENV ?= .venv
 RECIPE =
+CONFIG =
 ARGS =
 NPROC = 1
 PACKAGE =
@@ -37,6 +38,7 @@ help: ## this list (also: make)
 	@echo
 	@echo '  variables'
 	@echo '  RECIPE=NAME        another job for a train target; .venv/bin/e2vpt train --help lists them (dnc: the same)'
+	@echo '  CONFIG=FILE        another config for train-dnc-seg; dnc/configs/ holds them'
 	@echo '  ARGS="..."         more options for the command or for pytest: ARGS="--optim.lr 0.5"'
 	@echo '  NPROC=N            that many training processes, with torchrun (default 1)'
 	@echo '  PACKAGE=NAME       test-slow and test-gpu for one of: $(PACKAGES)'
@@ -62,6 +64,15 @@ ifeq ($(NPROC),1)
 else
 	$(BIN)/python -m torch.distributed.run --standalone --nproc-per-node=$(NPROC) \
 		-m dnc train $(or $(RECIPE),digits) $(ARGS)
+endif
+
+.PHONY: train-dnc-seg
+train-dnc-seg: $(STAMPS)/dnc ## train a decoder without a classifier's weights, in mmsegmentation
+ifeq ($(NPROC),1)
+	$(BIN)/dnc seg train "$(or $(CONFIG),dnc/configs/digitscenes_fcn.py)" $(ARGS)
+else
+	$(BIN)/python -m torch.distributed.run --standalone --nproc-per-node=$(NPROC) \
+		-m dnc seg train "$(or $(CONFIG),dnc/configs/digitscenes_fcn.py)" $(ARGS)
 endif
 
 .PHONY: bench bench-e2vpt bench-dnc
