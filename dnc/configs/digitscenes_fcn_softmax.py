@@ -87,7 +87,17 @@ val_dataloader = dict(
         pipeline=test_pipeline,
     ),
 )
-test_dataloader = val_dataloader
+test_dataloader = dict(
+    batch_size=8,
+    num_workers=0,
+    sampler=dict(type="DefaultSampler", shuffle=False),
+    dataset=dict(
+        type="DigitScenes",
+        data_root=data_root,
+        data_prefix=dict(img_path="images/test", seg_map_path="annotations/test"),
+        pipeline=test_pipeline,
+    ),
+)
 val_evaluator = dict(type="IoUMetric", iou_metrics=["mIoU"])
 test_evaluator = val_evaluator
 

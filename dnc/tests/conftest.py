@@ -35,7 +35,8 @@ SOFTMAX_CONFIG = SEG_CONFIG.with_stem("digitscenes_fcn_softmax")
 
 def tiny_seg(data: Path, *more: str) -> list[str]:
     """Options that make the embedded config a matter of seconds."""
-    sizes = {"num_train": 32, "num_test": 4, "size": 48, "digits": "(2,3)", "sides": "(16,24)"}
+    counts = {"num_train": 32, "num_val": 3, "num_test": 4}
+    sizes = {**counts, "size": 48, "digits": "(2,3)", "sides": "(16,24)"}
     scenes = [
         f"{loader}_dataloader.dataset.scenes.{key}={value}"
         for loader in ("train", "val", "test")

@@ -60,6 +60,7 @@ def test_trained_normalisation_has_a_weight_and_a_bias_per_class() -> None:
     [
         ("num_centroids", 3),
         ("momentum", 0.9),
+        ("warm_start", False),
         ("temperature", 0.5),
         ("memory_size", 7),
         ("epsilon", 0.2),

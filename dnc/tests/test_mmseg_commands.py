@@ -38,7 +38,7 @@ def failure(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 @pytest.fixture(scope="module")
 def images(seg_run: Path, seg_data: Path) -> Path:
-    return seg_data / "images" / "validation"
+    return seg_data / "images" / "test"
 
 
 @pytest.fixture(scope="module")

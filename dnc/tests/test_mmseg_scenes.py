@@ -16,7 +16,7 @@ from dnc.mmseg.folders import check_data
 from dnc.mmseg.scenes import CARD, CLASSES, PALETTE, DigitScenes, Scenes, compose, write_scenes
 from shared_utils.errors import InputError, MissingFileError
 
-FEW = Scenes(num_train=6, num_test=3, size=48, digits=(2, 3), sides=(16, 24))
+FEW = Scenes(num_train=6, num_val=2, num_test=3, size=48, digits=(2, 3), sides=(16, 24))
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def pixels(path: Path) -> Any:
 
 
 def test_the_folders_are_those_of_ade20k(root: Path) -> None:
-    for part, count in (("training", 6), ("validation", 3)):
+    for part, count in (("training", 6), ("validation", 2), ("test", 3)):
         images = sorted((root / "images" / part).iterdir())
         labels = sorted((root / "annotations" / part).iterdir())
         assert [p.stem for p in images] == [p.stem for p in labels]
@@ -78,7 +78,7 @@ def test_an_interrupted_generation_leaves_nothing(
     assert not (tmp_path / "made").exists()
 
 
-def test_a_digit_is_in_training_or_in_test_scenes(
+def test_a_digit_is_in_training_validation_or_test_scenes(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     seen: list[set[bytes]] = []
@@ -91,12 +91,13 @@ def test_a_digit_is_in_training_or_in_test_scenes(
     widths: list[set[int]] = []
     monkeypatch.setattr("dnc.mmseg.scenes.compose", watched)
     write_scenes(tmp_path / "made", FEW)
-    train, test = seen[0], seen[-1]
+    train, val, test = seen[0], seen[6], seen[-1]
     digits = {image.tobytes() for image in load_digits().data}
-    assert train | test == digits
+    assert train | val | test == digits
     # Of the 1797 digits a few are drawn alike to the pixel.
-    assert len(train & test) <= 1797 - len(digits)
-    assert (widths[0], widths[-1]) == ({427}, {213})
+    assert len(train & test) + len(train & val) + len(val & test) <= 1797 - len(digits)
+    assert min(len(train), 4 * len(val), 4 * len(test)) > 1100
+    assert (widths[0], widths[6], widths[-1]) == ({427}, {213}, {213})
 
 
 def test_a_scene_by_hand() -> None:
@@ -118,7 +119,7 @@ def test_mmseg_reads_them_with_the_rim_ignored(root: Path) -> None:
         dict(type="LoadAnnotations", reduce_zero_label=True),
         dict(type="PackSegInputs"),
     ]
-    options = dict(num_train=6, num_test=3, size=48, digits=[2, 3], sides=[16, 24])
+    options = dict(num_train=6, num_val=2, num_test=3, size=48, digits=[2, 3], sides=[16, 24])
     prefix = dict(img_path="images/training", seg_map_path="annotations/training")
     dataset = DigitScenes(
         data_root=str(root), scenes=options, data_prefix=prefix, pipeline=pipeline

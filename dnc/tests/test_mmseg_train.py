@@ -62,7 +62,7 @@ def test_the_run_folder(seg_run: Path) -> None:
     assert result["method"] == "DNCFCNHead"
     assert result["parameters"]["classifier"] == 0
     assert result["data"] == {
-        "name": "DigitScenes", "train_images": 32, "val_images": 4, "test_images": 4,
+        "name": "DigitScenes", "train_images": 32, "val_images": 3, "test_images": 4,
     }  # fmt: skip
     assert (result["iterations"], result["processes"], result["device"]) == (4, 1, "cpu")
     assert {"torch", "mmseg", "mmengine"} <= result["versions"].keys()

@@ -44,6 +44,8 @@ class ModelConfig:
     """sub-centroids per class"""
     momentum: float = 0.999
     """share of a sub-centroid's old position in an update"""
+    warm_start: bool = True
+    """a sub-centroid is the mean of its first updates before `momentum` holds"""
     temperature: float = 0.1
     """cosines are divided by it"""
     memory: Literal["queue", "batch", "bank"] = "queue"

@@ -30,6 +30,7 @@ class FitModelConfig(ModelConfig):
     pretrained: Unused[bool] = False
     head: Unused[Head] = "dnc"
     momentum: Unused[float] = 0.999
+    warm_start: Unused[bool] = True
     memory: Unused[Literal["queue", "batch", "bank"]] = "queue"
     memory_size: Unused[int] = 64
     epsilon: Unused[float] = 0.05

@@ -81,6 +81,7 @@ def build_head(cfg: ModelConfig, num_classes: int, embed_dim: int) -> Any:
         embed_dim,
         cfg.num_centroids,
         momentum=cfg.momentum,
+        warm_start=cfg.warm_start,
         temperature=cfg.temperature,
         memory=cfg.memory,
         memory_size=cfg.memory_size,

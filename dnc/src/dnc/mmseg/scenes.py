@@ -1,8 +1,9 @@
 """Scenes of handwritten digits on photographs, generated and written once in ADE20K's folder form.
 
 Digits (scikit-learn's 8x8 handwritten ones) at random sizes, places and bright colours on darkened
-crops of scikit-learn's two sample photographs; nothing is fetched. A digit and a part of a
-photograph are in training or in test scenes, never in both.
+crops of scikit-learn's two sample photographs; nothing is fetched. A digit is in training,
+validation or test scenes and in no others; so is a part of a photograph, but that validation and
+test share theirs.
 
 Label images hold 0 where nothing counts (the blurred rim of a digit), 1 for the background and
 2 to 11 for the digits 0 to 9: with `reduce_zero_label` these are classes 0 to 10 and the rim is
@@ -33,10 +34,11 @@ PALETTE = (
     (90, 90, 90), (230, 25, 75), (60, 180, 75), (255, 225, 25), (0, 130, 200), (245, 130, 48),
     (145, 30, 180), (70, 240, 240), (240, 50, 230), (210, 245, 60), (250, 190, 212),
 )  # fmt: skip
-FOLDERS = {"train": "training", "test": "validation"}  # ADE20K's names
+FOLDERS = {"train": "training", "val": "validation", "test": "test"}  # ADE20K's names
 DIM, BRIGHT = 0.6, (160, 255)  # of photographs, and of each channel of a digit's colour
 INK, RIM = 0.5, 0.15  # opacity from which a pixel is a digit, and from which it is not background
-TRAIN_SHARE = 2 / 3  # of the digits, and of the width of the photographs
+TRAIN_SHARE = 2 / 3  # of the digits, and of the width of the photographs; validation has half of
+# the other digits
 CARD = "scenes.json"
 Bytes = NDArray[np.uint8]
 
@@ -47,6 +49,7 @@ class Scenes:
 
     Attributes:
         num_train: training scenes.
+        num_val: validation scenes.
         num_test: test scenes.
         size: side of a scene, pixels.
         digits: fewest and most digits of a scene.
@@ -55,6 +58,7 @@ class Scenes:
     """
 
     num_train: int = 600
+    num_val: int = 60
     num_test: int = 120
     size: int = 128
     digits: tuple[int, int] = (2, 4)
@@ -86,13 +90,16 @@ def write_scenes(root: Path, scenes: Scenes) -> None:
     images, labels = load_digits(return_X_y=True)
     order = np.random.default_rng(scenes.seed).permutation(len(labels))
     first = round(TRAIN_SHARE * len(order))
+    second = (first + len(order)) // 2
+    digits = {"train": order[:first], "val": order[first:second], "test": order[second:]}
+    counts = {"train": scenes.num_train, "val": scenes.num_val, "test": scenes.num_test}
     for number, (split, folder) in enumerate(FOLDERS.items()):
         pictures, annotations = (made / part / folder for part in ("images", "annotations"))
         pictures.mkdir(parents=True)
         annotations.mkdir(parents=True)
-        own = order[:first] if split == "train" else order[first:]
+        own = digits[split]
         cut = [_part(photograph, split) for photograph in photographs]
-        for i in range(scenes.num_train if split == "train" else scenes.num_test):
+        for i in range(counts[split]):
             random = np.random.default_rng([scenes.seed, number, i])
             picture, annotation = compose(random, images[own], labels[own], cut, scenes)
             Image.fromarray(picture).save(pictures / f"{i:05d}.jpg", quality=95)
