@@ -51,23 +51,34 @@ def sinkhorn(
     Returns: (N, K), rows that sum to 1.
     """
     dtype = torch.float64 if similarity.dtype == torch.float64 else torch.float32
-    log_plan = similarity.to(dtype) / epsilon  # of a half-precision tensor exp() would overflow
+    # Of a half-precision tensor exp() would overflow. A row per sub-centroid from here on: sums
+    # over long rows take a tenth of the time on a CPU.
+    log_plan = (similarity.to(dtype) / epsilon).t().contiguous()  # (K, N)
     counts = reduce(torch.bincount(labels, minlength=num_classes), "sum")
-    log_mass = (counts.to(dtype).log() - math.log(similarity.shape[1]))[:, None]  # (C, 1)
-    for _ in range(num_iters):
-        surplus = _logsumexp_by_label(log_plan, labels, num_classes) - log_mass  # (C, K)
-        log_plan = (log_plan - surplus[labels]).log_softmax(dim=1)
-    return log_plan.softmax(dim=1)  # exp() of it, with sums that are exact to rounding
+    log_mass = counts.to(dtype).log() - math.log(similarity.shape[1])  # (C,)
+    surplus = _logsumexp_by_label(log_plan, labels, num_classes) - log_mass  # (K, C)
+    for left in reversed(range(num_iters)):
+        log_plan = (log_plan - surplus.index_select(1, labels)).log_softmax(dim=0)
+        if left:
+            # No largest entry has to be taken out from here on: with masses N_c / K of the
+            # sub-centroids no sample had more than N_c, so that normalised they have 1 / K or more.
+            surplus = _sum_by_label(log_plan.exp(), labels, num_classes).log() - log_mass
+    # exp() of it, with sums that are exact to rounding
+    return log_plan.softmax(dim=0).t().contiguous()
 
 
 def _logsumexp_by_label(values: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """(N, K) -> (C, K) over the samples of each class in all processes; -inf without any."""
-    shape = (num_classes, values.shape[1])
-    index = labels[:, None].expand_as(values)
-    top = values.new_full(shape, -math.inf).scatter_reduce(0, index, values, "amax")
-    top = reduce(top, "max")
-    total = values.new_zeros(shape).scatter_add(0, index, (values - top[labels]).exp())
-    return top + reduce(total, "sum").log()
+    """(K, N) -> (K, C) over the samples of each class in all processes; -inf without any."""
+    top = values.new_full((len(values), num_classes), -math.inf)
+    top = reduce(top.scatter_reduce(1, labels.expand_as(values), values, "amax"), "max")
+    total = _sum_by_label((values - top.index_select(1, labels)).exp(), labels, num_classes)
+    return top + total.log()
+
+
+def _sum_by_label(values: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """(K, N) -> (K, C) over the samples of each class in all processes."""
+    total = values.new_zeros(len(values), num_classes)
+    return reduce(total.scatter_add(1, labels.expand_as(values), values), "sum")
 
 
 @torch.no_grad()
