@@ -92,6 +92,12 @@ test-shared_utils test-e2vpt test-dnc test-yolop_mtl: ## one package
 $(TEST_TARGETS): test-%: $(STAMPS)/% $(STAMPS)/tools
 	$(BIN)/pytest $* $(ARGS)
 
+# The compiled mmcv takes the place of mmcv-lite, in the same folder: an environment of its own.
+MMDET_VENV := .venv-mmdet
+.PHONY: test-mmdet
+test-mmdet: install-mmdet ## the detection plug-in of dnc, with compiled mmcv and mmdet
+	$(MMDET_VENV)/bin/pytest dnc/tests_mmdet $(ARGS)
+
 SELECTED := $(or $(strip $(PACKAGE)),$(PACKAGES))
 SELECTED_STAMPS := $(SELECTED:%=$(STAMPS)/%)
 
@@ -143,6 +149,10 @@ format: $(STAMPS)/tools ## sort imports, ruff format
 .PHONY: install
 install: $(PACKAGES:%=$(STAMPS)/%) $(STAMPS)/tools ## all packages and tools into .venv, without running anything
 	@echo 'installed in $(VENV): $(PACKAGES)'
+
+.PHONY: install-mmdet
+install-mmdet: ## dnc with compiled mmcv and mmdet into .venv-mmdet; the first build takes 8 to 30 minutes
+	@+$(MAKE) --no-print-directory VENV=$(MMDET_VENV) $(MMDET_VENV)/stamps/mmdet
 
 .PHONY: FORCE
 FORCE:
@@ -227,6 +237,24 @@ $(STAMPS)/dnc: dnc/pyproject.toml $(STAMPS)/shared_utils
 	@echo "opencv-python; python_version < '3'" > $(STAMPS)/overrides.txt
 	@$(UV_INSTALL) --constraint $(TORCH_CONSTRAINTS) --override $(STAMPS)/overrides.txt \
 		--editable ./shared_utils --editable './dnc[mmseg]'
+	@touch $@
+
+# mmcv is compiled against the torch that is installed, so its build sees this environment; uv keeps
+# the wheel. Its own setup asks for a GPU compiler only where torch finds a GPU.
+$(STAMPS)/mmdet: dnc/pyproject.toml $(STAMPS)/shared_utils
+	@echo '==> building mmcv (minutes; uv keeps the wheel), installing dnc[mmdet]'
+	@echo "opencv-python; python_version < '3'" > $(STAMPS)/overrides.txt
+	@sed '/^mmcv-lite==/d' $(TORCH_CONSTRAINTS) > $(STAMPS)/constraints-mmdet.txt
+	@$(UV_INSTALL) --constraint $(STAMPS)/constraints-mmdet.txt setuptools wheel ninja psutil pytest
+	@MMCV_WITH_OPS=1 PATH="$$(pwd -P)/$(BIN):$$PATH" $(UV_INSTALL) \
+		--constraint $(STAMPS)/constraints-mmdet.txt --override $(STAMPS)/overrides.txt \
+		--no-build-isolation-package mmcv --editable ./shared_utils --editable './dnc[mmdet]'
+	@$(BIN)/python -c 'import mmcv.ops' || { \
+		echo "error: mmcv: got a build without its compiled operations (see above)," \
+			"expected mmcv.ops to load;" \
+			"do $(BIN)/uv cache clean mmcv, remove $(VENV) and run make install-mmdet" >&2; \
+		exit 1; \
+	}
 	@touch $@
 
 $(STAMPS)/tools: constraints.txt $(STAMPS)/uv

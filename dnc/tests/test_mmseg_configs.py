@@ -8,7 +8,7 @@ import torch
 from mmengine.config import Config
 
 from dnc.mmseg.config_files import dataset_configs, load_config, num_classes_of
-from dnc.mmseg.heads import centroid_heads
+from dnc.mmseg.owners import centroid_heads
 from dnc.mmseg.segmentors import build_segmentor, count_parameters
 from shared_utils.errors import InputError, MissingFileError
 

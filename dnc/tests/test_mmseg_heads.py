@@ -11,7 +11,8 @@ from mmengine.config import ConfigDict
 from mmengine.model import revert_sync_batchnorm
 from torch import nn
 
-from dnc.mmseg.heads import centroid_heads, labels_at
+from dnc.mmseg.heads import labels_at
+from dnc.mmseg.owners import centroid_heads
 from shared_utils.errors import InputError
 
 from .seg_data import (

@@ -104,12 +104,30 @@ def test_a_scene_by_hand() -> None:
     digit = np.full((1, 64), 16.0)
     photograph = np.zeros((40, 40, 3), np.uint8)
     scenes = Scenes(size=40, digits=(1, 1), sides=(20, 20))
-    picture, labels = compose(np.random.default_rng(0), digit, np.array([7]), [photograph], scenes)
+    scene = compose(np.random.default_rng(0), digit, np.array([7]), [photograph], scenes)
+    picture, labels = scene.image, scene.annotation
     inside = labels == 9
     assert 0.3 * 400 < inside.sum() < 400  # a full square, but for its margin
     assert picture[labels == 1].max() < 40
     assert picture[inside].mean() > 160 * 0.9
     assert set(np.unique(labels)) == {0, 1, 9}
+    rows, columns = (np.flatnonzero(inside.any(axis)) for axis in (1, 0))
+    assert scene.boxes.tolist() == [[columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]]
+    assert scene.digits.tolist() == [7]
+
+
+def test_boxes_in_cocos_form_are_those_of_the_labels(root: Path) -> None:
+    for part in ("training", "validation", "test"):
+        found = json.loads((root / "boxes" / f"{part}.json").read_text())
+        assert [c["name"] for c in found["categories"]] == list("0123456789")
+        names = {image["id"]: image["file_name"] for image in found["images"]}
+        assert sorted(names.values()) == sorted(p.name for p in (root / "images" / part).iterdir())
+        for box in found["annotations"]:
+            name = Path(names[box["image_id"]]).with_suffix(".png")
+            x, y, w, h = box["bbox"]
+            inside = pixels(root / "annotations" / part / name)[y : y + h, x : x + w]
+            assert (inside == box["category_id"] + 2).mean() > 0.15
+            assert box["area"] == w * h
 
 
 def test_mmseg_reads_them_with_the_rim_ignored(root: Path) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from dnc.bench import STATUS, Row, peak_of_process, print_peak, race
-from dnc.mmseg.heads import centroid_heads
+from dnc.mmseg.owners import centroid_heads
 
 NUM_CLASSES, SIDE = 150, 512
 NORM = {"type": "BN", "requires_grad": True}

@@ -19,7 +19,8 @@ from dnc.fitter import CentroidFitter
 from dnc.mmseg import checkpoints
 from dnc.mmseg.config_files import load_config, num_classes_of, training_images_to_look_at
 from dnc.mmseg.folders import check_data
-from dnc.mmseg.heads import NUM_CENTROIDS, centroid_heads, labels_at
+from dnc.mmseg.heads import NUM_CENTROIDS, labels_at
+from dnc.mmseg.owners import centroid_heads
 from dnc.mmseg.segmentors import build_segmentor, count_parameters, load_into, measure
 from dnc.mmseg.train import draw_predictions, versions, write_card
 from shared_utils import checkpoint

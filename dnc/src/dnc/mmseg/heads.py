@@ -22,12 +22,13 @@ from mmseg.registry import MODELS
 from torch import Tensor, nn
 
 from dnc.classifier import NearestCentroidHead
+from dnc.mmseg.owners import CentroidOwner
 from shared_utils.errors import InputError
 
 NUM_CENTROIDS = 10
 
 
-class NearestCentroidMixin(nn.Module):
+class NearestCentroidMixin(CentroidOwner):
     """Put before a decode head of mmseg: `class DNCFCNHead(NearestCentroidMixin, FCNHead)`.
 
     Loss, sampler, resizing, prediction and everything else stay the decoder's. A training step
@@ -40,7 +41,6 @@ class NearestCentroidMixin(nn.Module):
         is_hooked: whether a `CentroidHook` calls `update`.
     """
 
-    classifier: NearestCentroidHead
     align_corners: bool
 
     def __init__(
@@ -176,8 +176,3 @@ class DNCUPerHead(NearestCentroidMixin, UPerHead):
 @MODELS.register_module()
 class DNCSegformerHead(NearestCentroidMixin, SegformerHead):
     """SegFormer."""
-
-
-def centroid_heads(model: nn.Module) -> list[tuple[str, NearestCentroidMixin]]:
-    """The decoders of a model that have sub-centroids, with their names; also auxiliary ones."""
-    return [(n, m) for n, m in model.named_modules() if isinstance(m, NearestCentroidMixin)]

@@ -9,7 +9,7 @@ from mmengine.registry import HOOKS
 from torch.nn import functional as F
 
 from dnc.collapse import collapse_metrics
-from dnc.mmseg.heads import centroid_heads
+from dnc.mmseg.owners import centroid_heads
 
 
 @HOOKS.register_module()

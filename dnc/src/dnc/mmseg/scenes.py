@@ -7,7 +7,7 @@ test share theirs.
 
 Label images hold 0 where nothing counts (the blurred rim of a digit), 1 for the background and
 2 to 11 for the digits 0 to 9: with `reduce_zero_label` these are classes 0 to 10 and the rim is
-ignored.
+ignored. `boxes/training.json` and its like hold the same digits as boxes in COCO's form.
 """
 
 import json
@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from mmseg.datasets import BaseSegDataset
@@ -40,6 +40,7 @@ INK, RIM = 0.5, 0.15  # opacity from which a pixel is a digit, and from which it
 TRAIN_SHARE = 2 / 3  # of the digits, and of the width of the photographs; validation has half of
 # the other digits
 CARD = "scenes.json"
+FORM = 2  # of the folder: 1 had neither validation scenes nor boxes
 Bytes = NDArray[np.uint8]
 
 
@@ -71,7 +72,7 @@ def write_scenes(root: Path, scenes: Scenes) -> None:
 
     Raises: InputError where `root` holds something else.
     """
-    card = json.loads(json.dumps(asdict(scenes)))
+    card = json.loads(json.dumps(asdict(scenes) | {"form": FORM}))
     if root.exists():
         with reading(root / CARD, f"the {CARD} of generated scenes"):
             found = json.loads((root / CARD).read_text())
@@ -99,11 +100,14 @@ def write_scenes(root: Path, scenes: Scenes) -> None:
         annotations.mkdir(parents=True)
         own = digits[split]
         cut = [_part(photograph, split) for photograph in photographs]
+        made_scenes = []
         for i in range(counts[split]):
             random = np.random.default_rng([scenes.seed, number, i])
-            picture, annotation = compose(random, images[own], labels[own], cut, scenes)
-            Image.fromarray(picture).save(pictures / f"{i:05d}.jpg", quality=95)
-            Image.fromarray(annotation).save(annotations / f"{i:05d}.png")
+            scene = compose(random, images[own], labels[own], cut, scenes)
+            Image.fromarray(scene.image).save(pictures / f"{i:05d}.jpg", quality=95)
+            Image.fromarray(scene.annotation).save(annotations / f"{i:05d}.png")
+            made_scenes.append(scene)
+        write_text(json.dumps(coco_form(made_scenes)), made / "boxes" / f"{folder}.json")
     write_text(json.dumps(card) + "\n", made / CARD)
     try:
         os.rename(made, root)
@@ -113,13 +117,22 @@ def write_scenes(root: Path, scenes: Scenes) -> None:
             raise
 
 
+class Composed(NamedTuple):
+    """A scene: image (size, size, 3), label image (size, size), boxes (T, 4) xyxy, digits (T,)."""
+
+    image: Bytes
+    annotation: Bytes
+    boxes: NDArray[np.int64]
+    digits: NDArray[np.int64]
+
+
 def compose(
     random: Generator,
     images: NDArray[Any],
     labels: NDArray[Any],
     photographs: Sequence[Bytes],
     scenes: Scenes,
-) -> tuple[Bytes, Bytes]:
+) -> Composed:
     """One scene.
 
     Args:
@@ -129,7 +142,8 @@ def compose(
         photographs: (H, W, 3) each, larger than a scene.
         scenes: sizes and counts.
 
-    Returns: image (size, size, 3), and labels (size, size) as in the module's text.
+    Returns: labels as in the module's text; boxes in pixels, around the ink as it was drawn, though
+        a later digit may cover a tenth of it.
     """
     size = scenes.size
     photograph = photographs[int(random.integers(len(photographs)))]
@@ -139,6 +153,7 @@ def compose(
         scene = scene[:, ::-1]
     annotation = np.ones((size, size), np.uint8)
     taken: list[tuple[int, int, int]] = []
+    found: list[tuple[int, ...]] = []
     for _ in range(int(random.integers(scenes.digits[0], scenes.digits[1] + 1))):
         side = int(random.integers(scenes.sides[0], scenes.sides[1] + 1))
         place = _free_place(random, size, side, taken)
@@ -152,7 +167,34 @@ def compose(
         scene[here] += opacity[..., None] * (colour - scene[here])
         annotation[here][opacity >= RIM] = 0
         annotation[here][opacity >= INK] = labels[which] + 2
-    return scene.round().astype(np.uint8), annotation
+        rows, columns = (np.flatnonzero((opacity >= INK).any(axis)) for axis in (1, 0))
+        corners = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
+        found.append((*(c + place[1 - i % 2] for i, c in enumerate(corners)), labels[which]))
+    boxes = np.array(found, np.int64).reshape(-1, 5)
+    return Composed(scene.round().astype(np.uint8), annotation, boxes[:, :4], boxes[:, 4])
+
+
+def coco_form(scenes: Sequence[Composed]) -> dict[str, list[dict[str, Any]]]:
+    """The boxes of scenes as COCO's JSON has them; categories 0 to 9 are the digits."""
+    images, annotations = [], []
+    for i, scene in enumerate(scenes):
+        height, width = scene.image.shape[:2]
+        name = f"{i:05d}.jpg"
+        images.append({"id": i, "file_name": name, "height": height, "width": width})
+        for box, digit in zip(scene.boxes.tolist(), scene.digits.tolist(), strict=True):
+            x, y, w, h = box[0], box[1], box[2] - box[0], box[3] - box[1]
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": i,
+                    "category_id": digit,
+                    "bbox": [x, y, w, h],
+                    "area": w * h,
+                    "iscrowd": 0,
+                }
+            )
+    categories = [{"id": i, "name": name} for i, name in enumerate(CLASSES[1:])]
+    return {"images": images, "annotations": annotations, "categories": categories}
 
 
 @DATASETS.register_module()

@@ -13,7 +13,7 @@ from mmseg.registry import MODELS
 from torch import Tensor, nn
 
 from dnc.mmseg import checkpoints
-from dnc.mmseg.heads import centroid_heads
+from dnc.mmseg.owners import centroid_heads
 from shared_utils.errors import InputError
 
 # Of a nearest-centroid head: what training alone needs may be missing.

@@ -58,22 +58,22 @@ def train(run: SegRun) -> Path:
 
     Raises: InputError for what the user can mend; Interrupted after Ctrl-C.
     """
-    launcher = _start_processes(run.launcher)
+    launcher = start_processes(run.launcher)
     if run.resume:
         cfg, seed = load_run(Path(run.resume), run.cfg_options, run.data_root)
     elif not run.config:
         raise InputError("config", "nothing", "a config first", "e.g. dnc seg train CONFIG")
     else:
         cfg, seed = load_config(Path(run.config), run.cfg_options, run.data_root), run.seed
-    _prepare(cfg, run, launcher, seed)
+    prepare(cfg, run, launcher, seed)
     check_data(cfg)
-    folder = _open(run, cfg)
+    folder = open_folder(run, cfg)
     cfg.work_dir = str(folder)
     for hook in cfg.custom_hooks:
         if hook["type"] == "InterruptHook":
             hook["command"] = f"dnc seg train --resume {shlex.quote(str(folder))}"
     if run.resume:
-        cfg.load_from, cfg.resume = _last_good(folder), True
+        cfg.load_from, cfg.resume = last_good(folder), True
     elif cfg.get("load_from"):
         path = str(cfg.load_from)
         trusted = run.trusted or path.startswith(checkpoints.TRUSTED)
@@ -84,7 +84,7 @@ def train(run: SegRun) -> Path:
     runner = Runner.from_cfg(cfg)
     if is_main_process():
         write_card(folder, cfg, seed)
-    parameters = count_parameters(_bare(runner.model))
+    parameters = count_parameters(bare_model(runner.model))
     runner.logger.info(
         f"{parameters['total']:,} parameters, {parameters['classifier']:,} of them in classifiers; "
         f"run folder {folder}"
@@ -100,7 +100,7 @@ def train(run: SegRun) -> Path:
     metrics = fractions(runner.test())
     if is_main_process():
         _write(folder, runner, cfg, seed, metrics, parameters)
-    _wait()
+    wait()
     return folder
 
 
@@ -112,7 +112,7 @@ def load_run(folder: Path, overrides: tuple[str, ...] = (), data_root: str = "")
     return load_config(path, overrides, data_root), seed
 
 
-def _start_processes(launcher: str) -> str:
+def start_processes(launcher: str) -> str:
     """Join the other processes, if there are any; on a CPU mmengine itself could not."""
     if launcher == "none" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         launcher = "pytorch"  # started by torchrun
@@ -126,7 +126,7 @@ def _start_processes(launcher: str) -> str:
     return launcher
 
 
-def _prepare(cfg: Any, run: SegRun, launcher: str, seed: int) -> None:
+def prepare(cfg: Any, run: SegRun, launcher: str, seed: int) -> None:
     """Put launcher, precision, seed and our hooks into the config; in place."""
     cfg.launcher = launcher
     cfg.setdefault("randomness", {})
@@ -148,7 +148,7 @@ def _prepare(cfg: Any, run: SegRun, launcher: str, seed: int) -> None:
     cfg.custom_hooks = hooks
 
 
-def _open(run: SegRun, cfg: Any) -> Path:
+def open_folder(run: SegRun, cfg: Any) -> Path:
     """The run folder, made by the first process and known to all."""
     found: list[Any] = [None]
     if is_main_process():
@@ -184,7 +184,7 @@ def write_card(folder: Path, cfg: Any, seed: int) -> None:
     write_text(json.dumps(card, indent=1) + "\n", folder / CARD)
 
 
-def _last_good(folder: Path) -> str:
+def last_good(folder: Path) -> str:
     """The latest checkpoint of a run that opens.  Raises: InputError where none does."""
     failure = InputError(
         "--resume", f"{folder} without a checkpoint", "one at least", "start again with --overwrite"
@@ -200,11 +200,13 @@ def _last_good(folder: Path) -> str:
     raise failure
 
 
-def _bare(model: Any) -> Any:
+def bare_model(model: Any) -> Any:
+    """Without the wrapper of several processes."""
     return getattr(model, "module", model)
 
 
-def _wait() -> None:
+def wait() -> None:
+    """For the other processes."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
 
@@ -222,7 +224,7 @@ def _write(
     write_text("".join(json.dumps(row) + "\n" for row in rows), folder / "metrics.jsonl")
     plot_curves(folder, CURVES)
     draw_predictions(
-        _bare(runner.model), runner.test_dataloader.dataset, folder / "predictions.png"
+        bare_model(runner.model), runner.test_dataloader.dataset, folder / "predictions.png"
     )
     steps = [row for row in rows if row.get("time")]
     rate = len(steps) / sum(row["time"] for row in steps) if steps else 0.0
