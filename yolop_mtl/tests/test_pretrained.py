@@ -65,7 +65,10 @@ def test_a_trunk_fits_by_order_and_shape(tmp_path: Path, ending: str) -> None:
 def test_own_weights_fit_by_name_except_where_classes_differ(tmp_path: Path) -> None:
     torch.manual_seed(0)
     anchors = [[[1.0, 1.0]] * 3] * 3
-    other, model = randomize(build_model("nano", num_classes=2, anchors=anchors)), build_model("nano")
+    other, model = (
+        randomize(build_model("nano", num_classes=2, anchors=anchors)),
+        build_model("nano"),
+    )
     checkpoint.save({"ema": {"model": other.state_dict(), "updates": 3}}, tmp_path / "last.ckpt")
     report = load_pretrained(model, tmp_path / "last.ckpt")
     own, wanted = model.state_dict(), other.state_dict()

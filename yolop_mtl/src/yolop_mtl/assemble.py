@@ -15,7 +15,6 @@ from yolop_mtl.samples import check_masks, check_records
 from yolop_mtl.synth import SynthConfig, generate
 from yolop_mtl.trunk import STRIDES
 
-
 SCENE_SEED = 0  # the scenes stay the same in runs of other seeds
 TASK_OF_FIGURE = {"mAP50_95": "detection", "drivable_mIoU": "drivable", "lane_f1": "lane"}
 

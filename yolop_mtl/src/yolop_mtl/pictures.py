@@ -77,7 +77,9 @@ def predictions(
         panels.append(
             overlay(
                 sample.image,
-                drivable=native_drivable(out["drivable"][0], box) > 0 if "drivable" in out else None,
+                drivable=native_drivable(out["drivable"][0], box) > 0
+                if "drivable" in out
+                else None,
                 lane=native_lane(out["lane"][0], box) if "lane" in out else None,
                 boxes_xyxy=None if found is None else found.boxes_xyxy.numpy(),
                 labels=None if found is None else found.labels.numpy(),

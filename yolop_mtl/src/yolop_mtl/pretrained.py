@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from shared_utils import checkpoint
@@ -23,9 +22,7 @@ NORM = ("weight", "bias", "running_mean", "running_var")
 
 
 class LoadReport(NamedTuple):
-    """Names of tensors: those of the network that were loaded or are missing, and others of the
-    file, unexpected.
-    """
+    """Names of tensors: loaded or missing ones of the network, unexpected ones of the file."""
 
     loaded: list[str]
     missing: list[str]
@@ -94,9 +91,7 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"[._]", name)]
 
 
-def _by_order(
-    model: YOLOPv2, tensors: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], set[str]]:
+def _by_order(model: YOLOPv2, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], set[str]]:
     """Trunk tensors by their place: as many convolutions from the first on as have our shapes.
 
     Returns: tensors by our names, and the names of the file that they have there.
@@ -106,7 +101,10 @@ def _by_order(
     own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for prefix, block in zip(_trunk_convs(model), _blocks(tensors), strict=False):
         names = [f"{prefix}.conv.weight", *(f"{prefix}.norm.{part}" for part in NORM)]
-        if any(own[ours].shape != tensors[theirs].shape for ours, theirs in zip(names, block, strict=True)):
+        if any(
+            own[ours].shape != tensors[theirs].shape
+            for ours, theirs in zip(names, block, strict=True)
+        ):
             break
         found |= {ours: tensors[theirs] for ours, theirs in zip(names, block, strict=True)}
         used |= set(block)

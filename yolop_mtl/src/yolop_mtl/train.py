@@ -147,7 +147,9 @@ class _Training:
                         is_best = self._compare(metrics)
                         values |= metrics
                         log.say(f"epoch {self.epoch}: {say_metrics(metrics)}")
-                    log.log(self.step, self.epoch, {**values, "images_per_second": images / elapsed})
+                    log.log(
+                        self.step, self.epoch, {**values, "images_per_second": images / elapsed}
+                    )
                     self._save(is_best=is_best)
             log.close()
             if fabric.is_global_zero:

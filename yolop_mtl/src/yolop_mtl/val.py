@@ -64,7 +64,9 @@ def val(cfg: ValConfig) -> dict[str, float]:
         expected = f"those of the run, {', '.join(deployed.class_names[:5])}"
         raise InputError("root", got, expected, "name data with the same classes")
     tasks = deployed.model.tasks
-    check_records(split, labelled_tasks(split, tasks) or tasks, f"split '{cfg.split or data.val_split}'")
+    check_records(
+        split, labelled_tasks(split, tasks) or tasks, f"split '{cfg.split or data.val_split}'"
+    )
     check_masks(split, data, tasks)
     loader = build_loader(
         DrivingDataset(split, data, tasks=tasks, augment=None, seed=trained.run.seed),
