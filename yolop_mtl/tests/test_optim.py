@@ -60,7 +60,7 @@ def test_groups_are_disjoint_and_complete(use_repconv: bool) -> None:
     groups = split_parameters(network)
     ids = [{id(p) for p in group} for group in groups]
     assert [len(own) for own in ids] == [len(group) for group in groups]
-    assert not (ids[0] & ids[1] or ids[0] & ids[2] or ids[1] & ids[2])
+    assert sum(len(own) for own in ids) == len(ids[0] | ids[1] | ids[2])
     assert ids[0] | ids[1] | ids[2] == {id(p) for p in network.parameters()}
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):

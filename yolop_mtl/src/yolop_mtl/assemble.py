@@ -3,8 +3,13 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+from PIL import Image
+
+from shared_utils.checkpoint import reading
 from shared_utils.errors import InputError
 from yolop_mtl import bdd100k, coco
+from yolop_mtl.anchors import Sizes, fit_anchors, letterboxed, measure_anchors
 from yolop_mtl.boxes import COCO_ANCHORS, Anchors
 from yolop_mtl.config import DataConfig, LossConfig, ModelConfig, TrainConfig
 from yolop_mtl.loss_weights import LossWeights, default_gains
@@ -117,6 +122,46 @@ def _load_split(config: DataConfig, split: str) -> Split:
         own = Classes({"vehicle": [n for n in own.names if n in VEHICLES]}, known=own.names)
     names = () if own is None else own.names
     return Split(coco.load_records(config.root, split, own), names)
+
+
+def choose_anchors(cfg: TrainConfig, records: Sequence[Record]) -> tuple[Anchors, str]:
+    """Anchors as configured, and what to say of them.
+
+    Args:
+        cfg: of the run.
+        records: training images, whose boxes `auto` is fitted to.
+
+    Raises: InputError where there are too few boxes to fit.
+    """
+    model = cfg.model
+    if "detection" not in model.tasks or model.anchors == "coco":
+        return COCO_ANCHORS, ""
+    if model.anchors == "explicit":
+        table: Anchors = np.array(model.anchor_sizes).reshape(len(STRIDES), -1, 2).tolist()
+        return table, ""
+    sizes = box_sizes(records, cfg.data.img_size)
+    anchors = fit_anchors(sizes, num_scales=len(STRIDES), seed=cfg.run.seed)
+    fits = [measure_anchors(sizes, np.array(a).reshape(-1, 2)) for a in (anchors, COCO_ANCHORS)]
+    words = " ".join(f"{side:g}" for side in np.ravel(anchors))
+    return anchors, (
+        f"anchors fitted to {len(sizes):,} boxes, fitness {fits[0].fitness:.3f} (COCO's "
+        f"{fits[1].fitness:.3f}): {words}"
+    )
+
+
+def box_sizes(records: Sequence[Record], img_size: tuple[int, int]) -> Sizes:
+    """Width and height (n, 2) of all boxes in pixels of the network's input.
+
+    Raises: InputError for an image that cannot be read.
+    """
+    parts = []
+    for record in records:
+        if record.boxes_xyxy is not None and len(record.boxes_xyxy):
+            with reading(record.image, "an image"), Image.open(record.image) as image:
+                size = image.size  # from its first bytes
+            sides = record.boxes_xyxy[:, 2:].astype(np.float64) - record.boxes_xyxy[:, :2]
+            parts.append(letterboxed(sides, np.array([size], dtype=np.float64), img_size))
+    return np.concatenate(parts) if parts else np.zeros((0, 2))
 
 
 def build_network(

@@ -101,12 +101,10 @@ def _by_order(model: YOLOPv2, tensors: Mapping[str, Tensor]) -> tuple[dict[str, 
     own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for prefix, block in zip(_trunk_convs(model), _blocks(tensors), strict=False):
         names = [f"{prefix}.conv.weight", *(f"{prefix}.norm.{part}" for part in NORM)]
-        if any(
-            own[ours].shape != tensors[theirs].shape
-            for ours, theirs in zip(names, block, strict=True)
-        ):
+        pairs = dict(zip(names, block, strict=True))
+        if any(own[ours].shape != tensors[theirs].shape for ours, theirs in pairs.items()):
             break
-        found |= {ours: tensors[theirs] for ours, theirs in zip(names, block, strict=True)}
+        found |= {ours: tensors[theirs] for ours, theirs in pairs.items()}
         used |= set(block)
     return found, used
 

@@ -225,7 +225,7 @@ class _Training:
         self.place += 1
 
     def _after_epoch(self) -> None:
-        """Share running statistics; stop before what an update ruined takes a checkpoint's place."""
+        """Share running statistics; stop before ruined weights take a checkpoint's place."""
         if self.fabric.world_size > 1:
             for model in (self.learner.model, self.ema.model):
                 for buffer in model.buffers():
