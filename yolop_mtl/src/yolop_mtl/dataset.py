@@ -7,6 +7,7 @@ of an image of (seed, epoch, index). So the number of loader processes changes n
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -20,6 +21,7 @@ from yolop_mtl.augment_config import AugmentConfig
 from yolop_mtl.config import DataConfig
 from yolop_mtl.geometry import Letterbox, fit
 from yolop_mtl.model import check_tasks
+from yolop_mtl.mosaic import draw_sample
 from yolop_mtl.records import Record
 from yolop_mtl.samples import Sample, read_sample
 from yolop_mtl.targets import ImageTargets, Targets, collate_targets
@@ -111,7 +113,18 @@ class DrivingDataset(Dataset[Item]):
 
     def __getitem__(self, index: int) -> Item:
         """An image. Raises: as `read_sample`."""
-        return self._letterboxed(index)
+        if self.augment is None:
+            return self._letterboxed(index)
+        sample = draw_sample(
+            self.read,
+            index,
+            len(self),
+            self.augment,
+            self.data.img_size,
+            np.random.default_rng((self.seed, self.epoch, index)),
+            close_mosaic=bool(self._state[1]),
+        )
+        return Item(_tensor(sample.image), image_targets(sample), None, index, None)
 
     def read(self, index: int) -> Sample:
         """An image as its files have it. Raises: as `read_sample`."""
@@ -205,9 +218,14 @@ def build_loader(
         drop_last=drop_last,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=num_workers > 0,
-        worker_init_fn=seed_worker,
+        worker_init_fn=_start_worker,
         generator=torch.Generator().manual_seed(seed),
     )
+
+
+def _start_worker(number: int) -> None:
+    seed_worker(number)
+    cv2.setNumThreads(1)  # the processes are the parallelism
 
 
 class _Share(Sampler[int]):
