@@ -20,6 +20,7 @@ Floats = NDArray[np.float64]
 Image = NDArray[np.uint8]
 
 SHIFT = 3  # bits of a pixel's fraction in OpenCV's coordinates
+MARGIN = 256  # pixels by which noise is moved
 OBSTACLE = 255  # number of what hides and is no vehicle
 # Colour of the sky at its top and at the horizon, light by channel, metres of sight.
 SKIES: dict[str, tuple[Colour, Colour, Colour, float]] = {
@@ -31,6 +32,9 @@ SKIES: dict[str, tuple[Colour, Colour, Colour, float]] = {
     "night": ((8, 10, 20), (38, 36, 42), (0.21, 0.21, 0.25), 160),
 }
 BEAM = (2.4, 16.0)  # how much brighter headlights make things at night, and metres they reach
+ANGLES = np.linspace(0, 2 * np.pi, 40, endpoint=False)
+ROUND = np.stack([0.86 * np.cos(ANGLES), np.sin(ANGLES)], 1)  # outline of a crown
+LOBES = 0.1 * np.sin(3 * ANGLES)
 
 
 class Light(NamedTuple):
@@ -61,10 +65,19 @@ def find_light(weather: Weather, time: Time) -> Light:
 
 
 @cache
-def grain(side: int = 1024) -> Image:
-    """A fixed (side, side) field of noise around 128, the raw material of every texture."""
-    noise = np.random.default_rng(0).normal(128, 40, (side, side))
+def grain() -> Image:
+    """A fixed (1024, 1024) field of noise around 128, of deviation 40: what textures are from."""
+    noise = np.random.default_rng(0).normal(128, 40, (1024, 1024))
     return noise.clip(0, 255).astype(np.uint8)
+
+
+@cache
+def _grey_grain(size: tuple[int, int]) -> Image:
+    """The same, (H, W, 3), for images of a size, with room to begin elsewhere."""
+    field = grain()
+    rows, columns = ((side + MARGIN) // len(field) + 1 for side in size)
+    wide = np.tile(field, (rows, columns))[: size[0] + MARGIN, : size[1] + MARGIN]
+    return np.repeat(wide[..., None], 3, axis=2)
 
 
 class Canvas:
@@ -93,7 +106,7 @@ class Canvas:
         """Fill outlines (n, 3) in one colour; those that are not flat hide what is behind."""
         for outline in outlines:
             corners = self.pixels(outline)
-            depth = float(np.median(outline[:, 2]))
+            depth = float(outline[:, 2].mean())
             shaded = self.light.shade(np.array(colour), depth)
             cv2.fillPoly(self.image, [corners], shaded.tolist(), cv2.LINE_AA, SHIFT)
             if not is_flat:
@@ -119,18 +132,16 @@ class Canvas:
             cv2.fillConvexPoly(self.image, outline, colours[row].tolist(), cv2.LINE_AA, SHIFT)
             cv2.fillConvexPoly(self.numbers, outline, number, cv2.LINE_8, SHIFT)
 
-    def blob(self, random: Generator, centre: Floats, radii: tuple[float, float], colour: Colour,
-             depth: float, *, number: int | None = OBSTACLE) -> None:  # fmt: skip
-        """A leafy blob around a pixel (x, y), with radii in pixels."""
-        count = 40
-        angles = np.linspace(0, 2 * np.pi, count, endpoint=False)
-        rough = 1 + 0.16 * random.uniform(-1, 1, count) + 0.1 * np.sin(3 * angles + centre[0])
-        outline = centre + np.stack([np.cos(angles), np.sin(angles)], 1) * radii * rough[:, None]
+    def leaves(
+        self, random: Generator, centre: Floats, radius: float, colour: Colour, depth: float
+    ) -> None:
+        """Part of a tree's crown around a pixel (x, y), with a radius in pixels; it hides."""
+        rough = 1 + 0.16 * random.uniform(-1, 1, len(ROUND)) + LOBES
+        outline = centre - 0.5 + ROUND * (radius * rough[:, None])
         corners = np.round(outline * (1 << SHIFT)).astype(np.int32)
         shaded = self.light.shade(np.array(colour), depth)
         cv2.fillPoly(self.image, [corners], shaded.tolist(), cv2.LINE_AA, SHIFT)
-        if number is not None:
-            cv2.fillPoly(self.numbers, [corners], number, cv2.LINE_8, SHIFT)
+        cv2.fillPoly(self.numbers, [corners], OBSTACLE, cv2.LINE_8, SHIFT)
 
 
 def paint_sky(canvas: Canvas, random: Generator, weather: Weather) -> None:
@@ -189,14 +200,14 @@ def paint_ground(
             below[:] = filled
         else:
             cv2.copyTo(filled, where, below)
-    _texture(canvas, random, top, strength=0.16 if light.is_night else 0.3)
+    _texture(canvas, random, top, strength=0.07 if light.is_night else 0.2)
 
 
 def _texture(canvas: Canvas, random: Generator, top: int, *, strength: float) -> None:
     """Grain on the ground, drawn out along the road and finer with distance."""
     camera = canvas.camera
     height, width = camera.size
-    across, along = 14.0, 3.5  # grains a metre
+    across, along = 26.0, 8.0  # grains a metre
     shift_x, shift_z = random.uniform(0, 1000, 2)
     from_pixels = np.array([
         [camera.height * across, shift_x, -camera.centre * camera.height * across - shift_x * camera.horizon],
@@ -256,12 +267,10 @@ def finish(
         _rain(image, random, canvas.camera.scale)
     if blur > 0:
         image = cv2.GaussianBlur(image, (0, 0), blur)
-    field = grain()
-    y, x = (int(random.integers(512)) for _ in range(2))
-    shape = -(-(height + y) // field.shape[0]), -(-(width + x) // field.shape[1])
-    own = np.tile(field, shape)[y : y + height, x : x + width]
+    y, x = (int(random.integers(MARGIN)) for _ in range(2))
+    own = _grey_grain(canvas.camera.size)[y : y + height, x : x + width]
     strength = noise / 40
-    return cv2.addWeighted(image, 1.0, cv2.merge([own, own, own]), strength, -128 * strength)
+    return cv2.addWeighted(image, 1.0, own, strength, -128 * strength)
 
 
 def _rain(image: Image, random: Generator, scale: float) -> None:

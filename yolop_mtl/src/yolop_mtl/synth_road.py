@@ -38,10 +38,11 @@ class Camera(NamedTuple):
 
     def project(self, points: Floats) -> Floats:
         """World points (..., 3) in metres -> pixels (..., 2), x and y."""
-        depth = points[..., 2].clip(min=NEAREST)
-        x = self.centre + self.focal * points[..., 0] / depth
-        y = self.horizon + self.focal * (self.height - points[..., 1]) / depth
-        return np.stack([x, y], -1)
+        pixels = np.empty((*points.shape[:-1], 2))
+        ratio = self.focal / np.maximum(points[..., 2], NEAREST)
+        pixels[..., 0] = self.centre + ratio * points[..., 0]
+        pixels[..., 1] = self.horizon + ratio * (self.height - points[..., 1])
+        return pixels
 
     @property
     def nearest_road(self) -> float:
@@ -100,24 +101,24 @@ class Road(NamedTuple):
     right: float
     dash: tuple[float, float, float]
 
-    def heading(self, s: Floats | float) -> Floats:
-        """Radians to the right of straight ahead."""
+    def points(self, s: Floats | float, d: Floats | float, up: Floats | float = 0.0) -> Floats:
+        """World points (..., 3) of places on the road, `up` metres above it."""
         first, second, third = self.bend
         along = np.asarray(s, dtype=np.float64)
-        return np.arctan(first + second * along + third * along**2 / 2)
-
-    def points(self, s: Floats | float, d: Floats | float, up: Floats | float = 0.0) -> Floats:
-        """World points (..., 3) of places on the road."""
-        first, second, third = self.bend
-        along, across = np.broadcast_arrays(np.asarray(s, float), np.asarray(d, float))
-        angle = self.heading(along)
-        middle = first * along + second * along**2 / 2 + third * along**3 / 6
-        x, z = middle + across * np.cos(angle), along - across * np.sin(angle)
-        return np.stack([x, np.broadcast_to(np.asarray(up, float), x.shape), z], -1)
+        slope = first + along * (second + along * (third / 2))
+        middle = along * (first + along * (second / 2 + along * (third / 6)))
+        # Across the road, at right angles to where it leads.
+        x = d / np.sqrt(1 + slope * slope)
+        z = along - x * slope
+        points = np.empty((*np.broadcast(x, up).shape, 3))
+        points[..., 0] = middle + x
+        points[..., 1] = up
+        points[..., 2] = z
+        return points
 
     def strip(self, left: float, right: float, start: float, end: float, count: int = 48) -> Floats:
         """Outline (2 * count, 3) of the ground between two distances."""
-        s = np.geomspace(start, end, count)
+        s = start * (end / start) ** np.linspace(0, 1, count)
         return np.concatenate([self.points(s, left), self.points(s[::-1], right)])
 
     def paint(self, marking: Marking, start: float, end: float) -> list[Floats]:

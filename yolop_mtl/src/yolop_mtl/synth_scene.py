@@ -152,10 +152,11 @@ def compose(random: Generator, size: tuple[int, int]) -> Scene:
     renumber = np.full(256, OBSTACLE, dtype=np.uint8)
     renumber[0] = 0
     renumber[kept] = np.arange(1, len(kept) + 1)
+    numbers = np.asarray(cv2.LUT(canvas.numbers, renumber), dtype=np.uint8)
     for number, label in enumerate(labels):
         label["id"] = str(number)
     attributes = {"weather": weather, "scene": place, "timeofday": time}
-    return Scene(image, labels, attributes, renumber[canvas.numbers], drivable, lane)
+    return Scene(image, labels, attributes, numbers, drivable, lane)
 
 
 def _choose(random: Generator, options: tuple[tuple[Any, float], ...]) -> Any:
@@ -200,7 +201,7 @@ def _vehicle_item(
         for part in parts:
             canvas.solid(part, vehicle.world(road, part), number)
         # Only what comes later, and is nearer, can hide it.
-        pixels = int(np.count_nonzero(canvas.numbers == number))
+        pixels = cv2.countNonZero(cv2.compare(canvas.numbers, number, cv2.CMP_EQ))
         seen.append(labels_of.Seen(number, vehicle.kind, pixels))
 
     return vehicle.s + vehicle.model.length / 2, paint
@@ -222,7 +223,7 @@ def _paint_shadows(
     for lane in road.lanes:
         middle = (lane.left + lane.right) / 2
         for track in (-0.8, 0.8):
-            outlines.append((road.strip(middle + track - 0.3, middle + track + 0.3, near, 60.0), 14))
+            outlines.append((road.strip(middle + track - 0.3, middle + track + 0.3, near, 60.0, 20), 14))
     lean = random.uniform(-1.2, 1.2) if has_sun else 0.0
     if has_sun and random.random() < 0.5:
         for _ in range(int(random.integers(2, 8))):
@@ -234,7 +235,7 @@ def _paint_shadows(
         low, high = vehicle.d - half, vehicle.d + half
         if has_sun:
             reach = lean * vehicle.model.height
-            wide = road.strip(low + min(0, reach), high + max(0, reach), vehicle.s, end + 0.3, 8)
+            wide = road.strip(low + min(0, reach), high + max(0, reach), vehicle.s, end + 0.3, 6)
             outlines.append((wide, 105))
         outlines.append((road.strip(low - 0.12, high + 0.12, vehicle.s - 0.25, end, 8), 165))
     paint_shadows(canvas, outlines)
@@ -282,7 +283,7 @@ def _place_props(
         if place != "highway":
             s = random.uniform(6, 16)
             while s < 150:
-                house = build_house(random, is_tall=place == "city street", is_night=is_night)
+                house = build_house(random, side=side, is_tall=place == "city street", is_night=is_night)
                 setback = random.uniform(4, 7) if place == "city street" else random.uniform(6, 11)
                 d = edge + side * (setback + beyond + house.width / 2)
                 items.append(_solid_item(canvas, road, house, s, d, OBSTACLE))
@@ -333,9 +334,8 @@ def _tree_item(canvas: Canvas, random: Generator, road: Road, s: float, d: float
         red, green, blue = LEAF[int(own.integers(len(LEAF)))]
         for shift, share, tone in ((0.0, 1.0, 0.72), (-0.12, 0.8, 0.9), (-0.24, 0.52, 1.1)):
             middle = centre + radius * np.array([shift * 0.8, shift])
-            radii = radius * share * 0.86, radius * share
             colour = (red * tone, green * tone, blue * tone)
-            canvas.blob(own, middle, radii, colour, depth)
+            canvas.leaves(own, middle, radius * share, colour, depth)
 
     return s, paint
 
@@ -367,7 +367,3 @@ def _build_sign(random: Generator, place: Place, *, is_night: bool) -> Model:
         built.patch(face, (0.15, right), (up, up + 0.1), (232, 234, 232))
     return Model((built.done(),), 0.1, width, high)
 
-
-def to_bgr(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """RGB -> BGR, which OpenCV writes."""
-    return np.asarray(cv2.cvtColor(image, cv2.COLOR_RGB2BGR), dtype=np.uint8)

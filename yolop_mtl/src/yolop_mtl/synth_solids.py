@@ -18,6 +18,10 @@ Kind = Literal["car", "bus", "truck", "train"]
 Face = Literal["rear", "front", "left", "right", "top"]
 
 CORNERS = 10  # of a polygon; those with fewer repeat the last one
+REPEATED = [0, 1, 2] + [3] * (CORNERS - 3)
+ANGLES = np.linspace(0, 2 * np.pi, CORNERS, endpoint=False)
+SINE, COSINE = np.sin(ANGLES), np.cos(ANGLES)
+NOTHING = [(0.0, 0.0, 0.0)] * 4
 GLASS, TYRE, DARK, HUB = (38, 46, 56), (22, 22, 24), (34, 34, 36), (150, 152, 155)
 TAIL, HEAD, PLATE = (170, 22, 18), (232, 232, 222), (226, 224, 205)
 TAIL_LIT, HEAD_LIT, WINDOW_LIT = (255, 46, 30), (255, 250, 228), (255, 214, 140)
@@ -52,6 +56,10 @@ class Polygons(NamedTuple):
     is_lit: NDArray[np.bool_]
 
 
+Corners = Floats | Sequence[tuple[float, float, float]]  # (4, 3)
+WHOLE = (0.0, 1.0, 0.0, 1.0)
+
+
 class Builder:
     """Collects the polygons of a solid.
 
@@ -61,16 +69,28 @@ class Builder:
 
     def __init__(self, *, is_night: bool) -> None:
         self.is_night = is_night
-        self._corners: list[Floats] = []
-        self._colours: list[Floats] = []
+        self._faces: list[Corners] = []
+        self._parts: list[tuple[float, float, float, float]] = []
+        self._rings: dict[int, Floats] = {}
+        self._colours: list[Colour] = []
         self._is_lit: list[bool] = []
 
-    def add(self, corners: Floats, colour: Colour, *, lit: Colour | None = None) -> None:
-        """Add a polygon (k, 3); at night it has the colour `lit`, if given."""
-        rest = np.repeat(corners[-1:], CORNERS - len(corners), axis=0)
-        self._corners.append(np.concatenate([corners, rest]))
+    def add(
+        self,
+        face: Corners,
+        colour: Colour,
+        *,
+        part: tuple[float, float, float, float] = WHOLE,
+        lit: Colour | None = None,
+    ) -> None:
+        """Add a part of a face: shares from its left, and from its lower side.
+
+        At night it has the colour `lit`, if given.
+        """
         is_lit = self.is_night and lit is not None
-        self._colours.append(np.array(lit if is_lit else colour, dtype=np.float64))
+        self._faces.append(face)
+        self._parts.append(part)
+        self._colours.append(lit if is_lit and lit is not None else colour)
         self._is_lit.append(is_lit)
 
     def box(
@@ -80,7 +100,7 @@ class Builder:
         t: tuple[float, float],
         colour: Colour,
         inset: tuple[float, float, float] = (0.0, 0.0, 0.0),
-    ) -> dict[Face, Floats]:
+    ) -> dict[Face, Corners]:
         """Add a box whose top is smaller by `inset`: at the sides, the rear and the front.
 
         Returns: the corners (4, 3) of each face.
@@ -90,45 +110,43 @@ class Builder:
         a, b = u[0] + side, u[1] - side
         c, d = t[0] + rear, t[1] - front
         high = [(a, v[1], c), (b, v[1], c), (b, v[1], d), (a, v[1], d)]
-        faces: dict[Face, Floats] = {
-            "top": np.array(high),
-            "front": np.array([low[2], low[3], high[3], high[2]]),
-            "left": np.array([low[3], low[0], high[0], high[3]]),
-            "right": np.array([low[1], low[2], high[2], high[1]]),
-            "rear": np.array([low[0], low[1], high[1], high[0]]),
+        faces: dict[Face, Corners] = {
+            "top": high,
+            "front": [low[2], low[3], high[3], high[2]],
+            "left": [low[3], low[0], high[0], high[3]],
+            "right": [low[1], low[2], high[2], high[1]],
+            "rear": [low[0], low[1], high[1], high[0]],
         }
+        red, green, blue = colour
         for face, corners in faces.items():
-            red, green, blue = (channel * SHADES[face] for channel in colour)
-            self.add(corners, (red, green, blue))
+            share = SHADES[face]
+            self.add(corners, (red * share, green * share, blue * share))
         return faces
 
     def patch(
         self,
-        face: Floats,
+        face: Corners,
         across: tuple[float, float],
         up: tuple[float, float],
         colour: Colour,
         *,
         lit: Colour | None = None,
     ) -> None:
-        """Add a part of a face; shares from its lower left corner."""
-        a = np.array([across[0], across[1], across[1], across[0]])[:, None]
-        b = np.array([up[0], up[0], up[1], up[1]])[:, None]
-        low, high = face[0] + a * (face[1] - face[0]), face[3] + a * (face[2] - face[3])
-        self.add(low + b * (high - low), colour, lit=lit)
+        """Add a part of a face; shares from its left, and from its lower side."""
+        self.add(face, colour, part=(*across, *up), lit=lit)
 
     def wheels(self, half: float, places: Sequence[float], radius: float) -> None:
         """Add wheels on both sides at distances from the rear."""
-        angles = np.linspace(0, 2 * np.pi, CORNERS, endpoint=False)
         for t in places:
             for side in (-1.0, 1.0):
                 for share, colour in ((1.0, TYRE), (0.55, HUB)):
-                    # Seen from the right the angle runs forward first, from the left backward.
-                    along = t + share * radius * np.sin(angles) * side
-                    up = radius - share * radius * np.cos(angles)
-                    across = np.full(CORNERS, side * (half + 0.01))
-                    ring = np.stack([across, up, along], 1)
-                    self.add(ring, colour)
+                    ring = np.empty((CORNERS, 3))
+                    # Seen from the right the circle runs forward first, from the left backward.
+                    ring[:, 0] = side * (half + 0.01)
+                    ring[:, 1] = radius * (1 - share * COSINE)
+                    ring[:, 2] = t + share * radius * side * SINE
+                    self._rings[len(self._faces)] = ring
+                    self.add(NOTHING, colour)
 
     def under(self, half: float, length: float, up: float) -> None:
         """Add the dark below a body and its tyres, as seen from behind and from ahead."""
@@ -139,28 +157,35 @@ class Builder:
                 (half * 0.70, half * 0.98, 0.0, TYRE),
             ):
                 x = (left, right)[::order]
-                points = [(x[0], low, t), (x[1], low, t), (x[1], up, t), (x[0], up, t)]
-                self.add(np.array(points), colour)
+                self.add([(x[0], low, t), (x[1], low, t), (x[1], up, t), (x[0], up, t)], colour)
 
     def windows(
-        self, random: Generator, face: Floats, *, columns: int, rows: int, low: float, high: float
+        self, random: Generator, face: Corners, *, columns: int, rows: int, low: float, high: float
     ) -> None:
         """Add a grid of windows to a face, between two shares of its height."""
         step = (high - low) / rows
+        tones = random.uniform(0.8, 1.7, (rows, columns)).tolist()
+        lamps = (random.random((rows, columns)) < 0.35).tolist()
         for row in range(rows):
+            up = low + (row + 0.22) * step, low + (row + 0.8) * step
             for column in range(columns):
-                across = ((column + 0.25) / columns, (column + 0.75) / columns)
-                bottom = low + row * step
-                lit = WINDOW_LIT if random.random() < 0.35 else None
-                tone = random.uniform(0.8, 1.7)
+                across = (column + 0.25) / columns, (column + 0.75) / columns
+                tone, lit = tones[row][column], WINDOW_LIT if lamps[row][column] else None
                 colour = (GLASS[0] * tone, GLASS[1] * tone, GLASS[2] * tone)
-                self.patch(face, across, (bottom + 0.22 * step, bottom + 0.8 * step), colour, lit=lit)
+                self.add(face, colour, part=(*across, *up), lit=lit)
 
     def done(self) -> Polygons:
         """What was added."""
-        return Polygons(
-            np.array(self._corners), np.array(self._colours), np.array(self._is_lit, dtype=bool)
-        )
+        faces = np.array(self._faces, dtype=np.float64)  # (n, 4, 3)
+        parts = np.array(self._parts)
+        across = parts[:, [0, 1, 1, 0], None]
+        up = parts[:, [2, 2, 3, 3], None]
+        low = faces[:, None, 0] + across * (faces[:, None, 1] - faces[:, None, 0])
+        high = faces[:, None, 3] + across * (faces[:, None, 2] - faces[:, None, 3])
+        corners = (low + up * (high - low))[:, REPEATED]
+        for row, ring in self._rings.items():
+            corners[row] = ring
+        return Polygons(corners, np.array(self._colours), np.array(self._is_lit, dtype=bool))
 
 
 class Model(NamedTuple):
@@ -261,9 +286,10 @@ def _truck(random: Generator, is_night: bool) -> Model:
     band = _pick(random, PAINTS)
     for face in ("left", "right"):
         cargo.patch(body[face], (0.2, 0.8), (0.4, 0.65), band)
-    y = np.array([0.55, 0.55, 0.85, 0.85])
+    y = (0.55, 0.55, 0.85, 0.85)
     for left, right in ((-half, -half + 0.4), (half - 0.4, half)):
-        lamp = np.stack([np.array([left, right, right, left]), y, np.full(4, -0.01)], 1)
+        x = (left, right, right, left)
+        lamp = [(x[corner], y[corner], -0.01) for corner in range(4)]
         cargo.add(lamp, TAIL, lit=TAIL_LIT)
     cargo.wheels(half, (1.2, 2.3, length - cab - 1.0), 0.5)
     ahead = Builder(is_night=is_night)
@@ -307,8 +333,8 @@ def _train(random: Generator, is_night: bool) -> Model:
     return Model(tuple(parts), count * each, width, height)
 
 
-def build_house(random: Generator, *, is_tall: bool, is_night: bool) -> Model:
-    """A building whose right side faces the road on its right; its front is away from the camera."""
+def build_house(random: Generator, *, side: int, is_tall: bool, is_night: bool) -> Model:
+    """A building to the left (`side` -1) or right (1) of the road, with windows where one sees it."""
     length, width = random.uniform(9, 22), random.uniform(7, 14)
     height = random.uniform(9, 30) if is_tall else random.uniform(4, 7)
     half, paint = width / 2, _pick(random, WALLS)
@@ -316,10 +342,11 @@ def build_house(random: Generator, *, is_tall: bool, is_night: bool) -> Model:
     wall_top = height if is_tall else 0.6 * height
     body = built.box((-half, half), (0, wall_top), (0, length), paint)
     rows = max(1, round(wall_top / 3.2))
-    for face, columns in (("rear", 3), ("left", 5), ("right", 5)):
+    facing: Face = "left" if side > 0 else "right"
+    for face, columns in (("rear", 3), (facing, 5)):
         built.windows(random, body[face], columns=columns, rows=rows, low=0.04, high=0.96)  # type: ignore[index]
     if is_tall:
-        for face in ("rear", "left", "right"):
+        for face in ("rear", facing):
             built.patch(body[face], (0, 1), (0.965, 1), tuple(0.6 * c for c in paint))  # type: ignore[arg-type, index]
     else:
         roof = _pick(random, ((112, 62, 48), (84, 80, 78), (96, 70, 56)))
