@@ -44,13 +44,13 @@ class ImageResult(NamedTuple):
     """What is kept of an image; None for a task that is off or that it is not labelled for.
 
     Attributes:
-        index: number of the image in its split.
+        number: of the image in its split.
         boxes: detections and truth.
         drivable: pixel counts.
         lane: pixel counts.
     """
 
-    index: int
+    number: int
     boxes: ImageBoxes | None
     drivable: DrivableCounts | None
     lane: LaneCounts | None
@@ -122,10 +122,10 @@ def evaluate(
     if gather is not None:
         parts = cast(list[list[ImageResult]], gather(results))
         results = [result for part in parts for result in part]
-    unique = {result.index: result for result in results}
+    unique = {result.number: result for result in results}
     if not unique:
         raise InputError("data", "no image to evaluate", "one or more", "check the split")
-    return summarize([unique[index] for index in sorted(unique)], len(class_names))
+    return summarize([unique[number] for number in sorted(unique)], len(class_names))
 
 
 def summarize(images: Sequence[ImageResult], num_classes: int) -> Evaluation:
@@ -181,16 +181,21 @@ def _run(
     images = batch.images.to(device, non_blocking=True).float() / 255
     with autocast():
         outputs = model(images)
-    _check_outputs(outputs, class_names, data)
+    _check_drivable(outputs, data)
     rows = list(zip(batch.indices, batch.letterboxes, batch.truths, strict=True))
     boxes: list[ImageBoxes | None] = [None] * len(rows)
     drivable: list[DrivableCounts | None] = [None] * len(rows)
     lanes: list[LaneCounts | None] = [None] * len(rows)
     if "detection" in outputs:
         conf, iou, max_det = limits
+        anchors = cast(Tensor, cast(nn.Module, model.detection).anchors)
+        num_classes = outputs["detection"][0].shape[1] // anchors.shape[1] - 5
+        if num_classes != len(class_names):
+            do = "evaluate it on the classes it was trained for"
+            raise InputError("model", f"{num_classes} classes of boxes", f"{len(class_names)}", do)
         found = detect(
             outputs["detection"],
-            cast(Tensor, cast(nn.Module, model.detection).anchors),
+            anchors,
             conf=conf,
             iou=iou,
             max_det=max_det,
@@ -211,19 +216,13 @@ def _run(
     return [ImageResult(*row) for row in zip(*columns, strict=True)]
 
 
-def _check_outputs(outputs: dict[str, Any], class_names: Sequence[str], data: DataConfig) -> None:
-    """Raise InputError where the network tells other classes apart than the data have."""
-    if "detection" in outputs:
-        got = outputs["detection"][0].shape[1] // NUM_ANCHORS - 5
-        if got != len(class_names):
-            do = "evaluate it on the classes it was trained for"
-            raise InputError("model", f"{got} classes of boxes", f"{len(class_names)}", do)
-    if "drivable" in outputs:
-        got = outputs["drivable"].shape[1]
-        expected = 3 if data.area_classes == "three" else 2
-        if got != expected:
-            do = "set data.area_classes as in training"
-            raise InputError("model", f"{got} classes of area", f"{expected}", do)
+def _check_drivable(outputs: dict[str, Any], data: DataConfig) -> None:
+    if "drivable" not in outputs:
+        return
+    got, expected = outputs["drivable"].shape[1], 3 if data.area_classes == "three" else 2
+    if got != expected:
+        do = "set data.area_classes as in training"
+        raise InputError("model", f"{got} classes of area", f"{expected}", do)
 
 
 def _boxes(found: Detections, truth: Sample, letterbox: Letterbox) -> ImageBoxes | None:
