@@ -91,6 +91,18 @@ def test_four_tiles_meet_at_the_centre() -> None:
     assert (canvas == expected).all()
 
 
+def test_what_is_cut_at_the_canvas_is_cut_alike() -> None:
+    # All of the canvas is in view, and the upper tiles reach beyond it.
+    tiles = place_four([scene(seed) for seed in range(4)], (320.0, 270.0), (384, 640))
+    view = scaled(0.45, 32.0, 30.0)
+    sample = join(tiles, view, (384, 640))
+    check_labels_are_colours(sample)
+    assert not (sample.image[:30] != 114).any()
+    assert not (sample.image[:, :32] != 114).any()
+    assert sample.boxes_xyxy[:, 0].min() >= 32
+    assert sample.boxes_xyxy[:, 1].min() >= 30
+
+
 def test_the_affine_map_by_hand() -> None:
     config = AugmentConfig(translate=0, scale=0, flip=0)
     rng = np.random.default_rng(0)
