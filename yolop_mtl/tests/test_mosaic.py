@@ -103,6 +103,25 @@ def test_what_is_cut_at_the_canvas_is_cut_alike() -> None:
     assert sample.boxes_xyxy[:, 1].min() >= 30
 
 
+def test_turned_tiles_own_the_pixels_whose_centre_is_theirs() -> None:
+    greys = (10, 20, 30, 40)
+    samples = [Sample(np.full((360, 640, 3), grey, np.uint8)) for grey in greys]
+    tiles = place_four(samples, (700.0, 300.0), (384, 640))
+    config = AugmentConfig(rotate=40, shear=10, scale=0.4)
+    for seed in range(4):
+        matrix = draw_matrix(config, (768, 1280), (96, 160), np.random.default_rng(seed))
+        image = join(tiles, matrix, (96, 160)).image[..., 0]
+        back = np.linalg.inv(matrix)
+        for y, x in np.random.default_rng(seed).integers((96, 160), size=(400, 2)):
+            u, v, _ = back @ [x + 0.5, y + 0.5, 1]
+            expected = 114
+            for tile, grey in zip(tiles, greys, strict=True):
+                x1, y1, x2, y2 = tile.window
+                if x1 <= u < x2 and y1 <= v < y2:
+                    expected = grey
+            assert image[y, x] == expected
+
+
 def test_the_affine_map_by_hand() -> None:
     config = AugmentConfig(translate=0, scale=0, flip=0)
     rng = np.random.default_rng(0)
