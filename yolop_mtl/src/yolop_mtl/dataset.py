@@ -209,6 +209,8 @@ def build_loader(
     if shuffle and len(dataset) < least:
         got, do = f"{len(dataset)} images", "add images, or make the batch smaller"
         raise InputError("data", got, f"{least} or more for a batch", do)
+    # OpenCV's own threads do not live on in a forked process, which would wait for them for ever.
+    cv2.setNumThreads(1)
     return DataLoader(
         dataset,
         batch_size=batch_size,
@@ -225,7 +227,7 @@ def build_loader(
 
 def _start_worker(number: int) -> None:
     seed_worker(number)
-    cv2.setNumThreads(1)  # the processes are the parallelism
+    cv2.setNumThreads(1)  # the processes are parallel enough
 
 
 class _Share(Sampler[int]):
