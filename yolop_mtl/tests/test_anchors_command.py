@@ -1,4 +1,4 @@
-"""The command `anchors`: sizes in the letterboxed image, the right way round, and what it prints."""
+"""The command `anchors`: sizes in the letterboxed image, their axes, and what it prints."""
 
 import json
 from pathlib import Path

@@ -212,5 +212,5 @@ def test_wrong_options(fields: dict[str, object], message: str) -> None:
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="out: got .*, expected a folder that can be written"):
+    with pytest.raises(ValueError, match=r"out: got .*, expected a folder that can be written"):
         generate(SynthConfig(out=tmp_path / "file/a", num_train=1, size=(180, 320)))

@@ -113,18 +113,16 @@ def convert_masks(
 
     Raises: InputError where the masks lie in the folder to be written, or have another form.
     """
-    source = find_folders(root, split).get(kind)
+    yolop, *official = (root / pattern.format(split) for pattern in FOLDERS[kind])
+    source = next((path for path in (*official, yolop) if path.is_dir()), None)
     if source is None:
         return Written(0, 0, 0)
     folder = target / FOLDERS[kind][0].format(split)
     if source.resolve() == folder.resolve():
         if mask_format == "binary":  # they have YOLOP's form already
             return Written(0, len(list(source.glob("*.png"))), 0)
-        others = [path for p in FOLDERS[kind][1:] if (path := root / p.format(split)).is_dir()]
-        if not others:
-            do = "give --out, or move them to " + FOLDERS[kind][1].format(split)
-            raise InputError(str(source), "masks that would replace themselves", "others", do)
-        source = others[0]  # what an earlier conversion was made from
+        do = f"give --out, or move them to {FOLDERS[kind][1].format(split)}"
+        raise InputError(str(source), "masks that would replace themselves", "others", do)
     files = sorted(source.glob("*.png"))
     if not files:
         raise InputError(str(source), "no mask", "one or more", "remove the folder")

@@ -120,7 +120,21 @@ def _stretches(
         ends = min(len(s), last + 1) if last < len(s) and not inside[last] else last
         chosen = np.unique(np.linspace(starts, ends - 1, VERTICES).round().astype(int))
         for edge in marking.edges:
-            yield camera.project(road.points(s[chosen], edge)).clip((0, 0), (width, height))
+            points = camera.project(road.points(s[chosen], edge))
+            points[0] = _cut(points[0], points[1], camera.size)
+            points[-1] = _cut(points[-1], points[-2], camera.size)
+            yield points.clip((0, 0), (width, height))
+
+
+def _cut(
+    end: NDArray[np.float64], before: NDArray[np.float64], size: tuple[int, int]
+) -> NDArray[np.float64]:
+    """The end of a line, moved back along it to the image's border where it lies beyond."""
+    limit = np.array(size[::-1], dtype=np.float64)
+    beyond = np.maximum(np.maximum(end - limit, -end), 0)
+    step = np.maximum(np.abs(end - before), 1e-9)
+    back: NDArray[np.float64] = end + (before - end) * min(1.0, float((beyond / step).max()))
+    return back
 
 
 def area_labels(
