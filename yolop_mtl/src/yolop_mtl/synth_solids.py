@@ -333,7 +333,7 @@ def _train(random: Generator, is_night: bool) -> Model:
                     built.patch(body[face], across, (0.08, 0.84), DARK)
                 built.patch(body[face], across, (0.48, 0.8), GLASS, lit=(214, 200, 152))
         parts.append(built.done())
-    return Model(tuple(parts), count * each, width, height)
+    return Model(tuple(parts), count * each - 0.5, width, height)
 
 
 def build_house(random: Generator, *, side: int, is_tall: bool, is_night: bool) -> Model:
