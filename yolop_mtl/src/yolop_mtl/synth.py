@@ -4,8 +4,8 @@ Roads with bends, lanes and markings; cars, buses, trucks and trains; towns and 
 day, at dusk and at night, dry and in rain. Boxes, lanes and areas are exact. Lanes are 8 pixels
 wide at 1280 x 720 in training and validation alike: that BDD100K's masks have 8 and 2 is its own.
 
-Below the folder: `images/SPLIT/*.jpg`, `labels/det_20/det_SPLIT.json` with boxes and polygons in the
-form of 2020, `da_seg_annotations/SPLIT/*.png` (255 the own lane, 127 others) and
+Below the folder: `images/SPLIT/*.jpg`, `labels/det_20/det_SPLIT.json` with boxes and polygons in
+the form of 2020, `da_seg_annotations/SPLIT/*.png` (255 the own lane, 127 others) and
 `ll_seg_annotations/SPLIT/*.png` (255 lanes) as YOLOP names its downloads, and `synth.json`, which
 says what the scenes were made from.
 """

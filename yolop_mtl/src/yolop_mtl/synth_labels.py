@@ -10,7 +10,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from yolop_mtl.lanes import MAX_GAP, Area, Line, draw_areas, draw_lines, pair_edges
+from yolop_mtl.lanes import Area, Line, draw_areas
+from yolop_mtl.mask_drawing import lane_mask
 from yolop_mtl.synth_road import FARTHEST, Camera, Marking, Road
 
 Mask = NDArray[np.uint8]
@@ -57,7 +58,7 @@ def box_labels(
     height, width = numbers.shape
     labels, kept = [], []
     for vehicle in vehicles:
-        left, top, across, down = cv2.boundingRect(cv2.compare(numbers, vehicle.number, cv2.CMP_EQ))
+        left, top, across, down = cv2.boundingRect((numbers == vehicle.number).view(np.uint8))
         if min(across, down) < MIN_SIDE * scale:
             continue
         part = numbers[top : top + down, left : left + across]
@@ -88,7 +89,8 @@ def lane_labels(numbers: Mask, camera: Camera, road: Road) -> list[Label]:
     labels = []
     for marking in road.markings:
         polygons = [
-            _polygon(points, is_closed=False) for points in _stretches(numbers, camera, road, marking)
+            _polygon(points, is_closed=False)
+            for points in _stretches(numbers, camera, road, marking)
         ]
         if polygons:
             attributes = {"laneDirection": "parallel", "laneStyle": marking.style}
@@ -118,7 +120,21 @@ def _stretches(
         ends = min(len(s), last + 1) if last < len(s) and not inside[last] else last
         chosen = np.unique(np.linspace(starts, ends - 1, VERTICES).round().astype(int))
         for edge in marking.edges:
-            yield camera.project(road.points(s[chosen], edge)).clip((0, 0), (width, height))
+            points = camera.project(road.points(s[chosen], edge))
+            points[0] = _cut(points[0], points[1], camera.size)
+            points[-1] = _cut(points[-1], points[-2], camera.size)
+            yield points.clip((0, 0), (width, height))
+
+
+def _cut(
+    end: NDArray[np.float64], before: NDArray[np.float64], size: tuple[int, int]
+) -> NDArray[np.float64]:
+    """The end of a line, moved back along it to the image's border where it lies beyond."""
+    limit = np.array(size[::-1], dtype=np.float64)
+    beyond = np.maximum(np.maximum(end - limit, -end), 0)
+    step = np.maximum(np.abs(end - before), 1e-9)
+    back: NDArray[np.float64] = end + (before - end) * min(1.0, float((beyond / step).max()))
+    return back
 
 
 def area_labels(
@@ -135,7 +151,8 @@ def area_labels(
         road: its lanes.
         ends: metres to which each lane is free; None for a lane that is not drivable.
     """
-    is_free = cv2.erode((numbers == 0).astype(np.uint8), np.ones((5, 5), np.uint8))
+    rim = np.ones((5, 5), dtype=np.uint8)
+    is_free = np.asarray(cv2.erode((numbers == 0).view(np.uint8), rim), dtype=np.uint8)
     labels = []
     for lane, end in zip(road.lanes, ends, strict=True):
         if end is None or end <= camera.nearest_road:
@@ -176,7 +193,7 @@ def _outlines(region: Mask, scale: float) -> Iterator[NDArray[np.float64]]:
                 half[:, columns] = own[:, columns]
                 yield from _outlines(half, scale)
             continue
-        simple = cv2.approxPolyDP(contour, 1.0, True)[:, 0]
+        simple = np.asarray(cv2.approxPolyDP(contour, 1.0, True)[:, 0], dtype=np.float64)
         if len(simple) > 2:
             yield simple + 0.5  # from the centre of a pixel to coordinates of the image
 
@@ -186,8 +203,8 @@ def _polygon(points: NDArray[np.float64], *, is_closed: bool) -> dict[str, Any]:
     return {"vertices": vertices, "types": "L" * len(vertices), "closed": is_closed}
 
 
-def draw_masks(labels: Sequence[Label], camera: Camera) -> tuple[Mask, Mask]:
-    """The masks that labels stand for.
+def draw_masks(labels: Sequence[Label], size: tuple[int, int]) -> tuple[Mask, Mask]:
+    """The masks that labels stand for, of (H, W) pixels.
 
     Returns: drivable (H, W) with 1 direct and 2 alternative, and lane (H, W) with 1.
     """
@@ -201,7 +218,5 @@ def draw_masks(labels: Sequence[Label], camera: Camera) -> tuple[Mask, Mask]:
             else:
                 kind = (label["category"], attributes["laneDirection"], attributes["laneStyle"])
                 lines.append(Line(points, kind))
-    scale = camera.scale
-    centres = pair_edges(lines, max_gap=MAX_GAP * max(1.0, scale))
-    lane = draw_lines(centres, camera.size, width=LANE_WIDTH * scale)
-    return draw_areas(areas, camera.size, classes="three"), lane
+    lane = lane_mask(lines, size, width=LANE_WIDTH)
+    return draw_areas(areas, size, classes="three"), lane

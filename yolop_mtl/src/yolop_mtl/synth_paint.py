@@ -6,6 +6,7 @@ the map says what is seen at each pixel.
 
 from collections.abc import Sequence
 from functools import cache
+from itertools import pairwise
 from typing import NamedTuple
 
 import cv2
@@ -51,9 +52,9 @@ class Light(NamedTuple):
         away = np.asarray(depth, dtype=np.float64)[..., None]
         gain = 1 + BEAM[0] * np.exp(-away / BEAM[1]) if self.is_night else 1.0
         clear = np.exp(-away / self.visibility)
-        return (colours * self.ambient * gain).clip(0, 255) * clear + np.array(self.bottom) * (
-            1 - clear
-        )
+        shaded: Floats = (colours * self.ambient * gain).clip(0, 255) * clear
+        shaded += np.array(self.bottom) * (1 - clear)
+        return shaded
 
 
 def find_light(weather: Weather, time: Time) -> Light:
@@ -171,7 +172,9 @@ def paint_sky(canvas: Canvas, random: Generator, weather: Weather) -> None:
     steps = np.cumsum(random.normal(0, 1, count))
     top = (0.028 + 0.006 * (steps - steps.mean()) / max(1.0, steps.std())) * height
     top += random.uniform(0, 0.003, count) * height
-    line = np.concatenate([np.stack([x, horizon - top.clip(1)], 1), [[width, horizon + 2.0], [0, horizon + 2.0]]])
+    line = np.concatenate(
+        [np.stack([x, horizon - top.clip(1)], 1), [[width, horizon + 2.0], [0, horizon + 2.0]]]
+    )
     tone = light.shade(np.array([70.0, 88, 70]), 170.0)
     cv2.fillPoly(canvas.image, [line.astype(np.int32)], tone.tolist(), cv2.LINE_AA)
 
@@ -209,9 +212,10 @@ def _texture(canvas: Canvas, random: Generator, top: int, *, strength: float) ->
     height, width = camera.size
     across, along = 26.0, 8.0  # grains a metre
     shift_x, shift_z = random.uniform(0, 1000, 2)
+    wide, far = camera.height * across, camera.focal * camera.height * along
     from_pixels = np.array([
-        [camera.height * across, shift_x, -camera.centre * camera.height * across - shift_x * camera.horizon],
-        [0, shift_z, camera.focal * camera.height * along - shift_z * camera.horizon],
+        [wide, shift_x, -camera.centre * wide - shift_x * camera.horizon],
+        [0, shift_z, far - shift_z * camera.horizon],
         [0, 1, -camera.horizon],
     ])  # fmt: skip
     rows = slice(min(height - 1, top + max(2, height // 40)), height)
@@ -228,12 +232,12 @@ def _texture(canvas: Canvas, random: Generator, top: int, *, strength: float) ->
 def paint_markings(canvas: Canvas, road: Road, *, wear: float) -> None:
     """Paint the markings; worn ones are nearer to the asphalt's grey."""
     start = canvas.camera.nearest_road
-    edges = np.array([start, 8, 14, 24, 40, FARTHEST])
+    edges = (start, 8.0, 14.0, 24.0, 40.0, FARTHEST)
     for marking in road.markings:
         bright = (224, 222, 214) if marking.category == "single white" else (214, 170, 52)
         red, green, blue = (wear * 105 + (1 - wear) * channel for channel in bright)
         if marking.style == "solid":
-            for first, last in zip(edges[:-1], edges[1:], strict=True):
+            for first, last in pairwise(edges):
                 canvas.ground(road.paint(marking, first, last), (red, green, blue))
         else:
             canvas.ground(road.paint(marking, start, FARTHEST), (red, green, blue))
@@ -255,22 +259,23 @@ def finish(
     canvas: Canvas, random: Generator, *, is_rainy: bool, noise: float, blur: float
 ) -> Image:
     """What a camera does to a picture: glow of lamps, rain, blur, noise. Returns: the image."""
-    image, light = canvas.image, canvas.light
+    image, light, scale = canvas.image, canvas.light, canvas.camera.scale
     height, width = canvas.camera.size
     if light.is_night or is_rainy:
-        small = cv2.resize(image, (max(1, width // 4), max(1, height // 4)), interpolation=cv2.INTER_AREA)
-        bright = cv2.subtract(small, (150, 150, 150, 0))
-        spread = cv2.GaussianBlur(bright, (0, 0), max(1.0, 7 * canvas.camera.scale))
+        quarter = max(1, width // 4), max(1, height // 4)
+        small = cv2.resize(image, quarter, interpolation=cv2.INTER_AREA)
+        bright = np.asarray(small, dtype=np.uint8).clip(150) - np.uint8(150)
+        spread = cv2.GaussianBlur(bright, (0, 0), max(1.0, 7 * scale))
         glow = cv2.resize(spread, (width, height), interpolation=cv2.INTER_LINEAR)
-        image = cv2.addWeighted(image, 1.0, glow, 2.2 if light.is_night else 0.6, 0)
+        cv2.addWeighted(image, 1.0, glow, 2.2 if light.is_night else 0.6, 0, dst=image)
     if is_rainy:
-        _rain(image, random, canvas.camera.scale)
+        _rain(image, random, scale)
     if blur > 0:
-        image = cv2.GaussianBlur(image, (0, 0), blur)
+        cv2.GaussianBlur(image, (0, 0), blur, dst=image)
     y, x = (int(random.integers(MARGIN)) for _ in range(2))
     own = _grey_grain(canvas.camera.size)[y : y + height, x : x + width]
     strength = noise / 40
-    return cv2.addWeighted(image, 1.0, own, strength, -128 * strength)
+    return np.asarray(cv2.addWeighted(image, 1.0, own, strength, -128 * strength), dtype=np.uint8)
 
 
 def _rain(image: Image, random: Generator, scale: float) -> None:

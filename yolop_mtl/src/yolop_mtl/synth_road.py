@@ -10,6 +10,8 @@ import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 
+from yolop_mtl.mask_drawing import NOMINAL
+
 Floats = NDArray[np.float64]
 Weather = Literal["clear", "partly cloudy", "overcast", "rainy"]
 Time = Literal["daytime", "dawn/dusk", "night"]
@@ -19,7 +21,6 @@ Role = Literal["own", "same", "oncoming", "parking"]
 NEAREST = 1.0  # metres ahead of the camera; nothing is drawn nearer
 FARTHEST = 80.0  # metres to which lanes and road are marked and labelled
 HORIZON = 260.0  # metres to which the road is drawn
-NOMINAL = (720, 1280)  # (H, W) in which sizes in pixels are given
 
 
 class Camera(NamedTuple):
@@ -168,7 +169,7 @@ def draw_road(random: Generator, place: Place) -> Road:
         own = int(random.integers(num_same))
     # The camera is near the middle of its lane.
     first = -(own + 0.5) * width + random.normal(0, 0.15)
-    roles: list[Role] = ["oncoming"] * num_oncoming + ["same"] * num_same
+    roles: list[Role] = [*["oncoming"] * num_oncoming, *["same"] * num_same]  # type: ignore[list-item]
     roles[num_oncoming + own] = "own"
     start = first - num_oncoming * width
     lanes = [

@@ -75,7 +75,9 @@ class Scene(NamedTuple):
     @property
     def boxes_xyxy(self) -> NDArray[np.float32]:
         """(T, 4) pixels, around what is visible."""
-        sides = [[label["box2d"][side] for side in ("x1", "y1", "x2", "y2")] for label in self._boxes]
+        sides = [
+            [label["box2d"][side] for side in ("x1", "y1", "x2", "y2")] for label in self._boxes
+        ]
         return np.array(sides, dtype=np.float32).reshape(-1, 4)
 
     @property
@@ -148,7 +150,7 @@ def compose(random: Generator, size: tuple[int, int]) -> Scene:
         + labels_of.lane_labels(canvas.numbers, camera, road)
         + labels_of.area_labels(canvas.numbers, camera, road, ends)
     )
-    drivable, lane = labels_of.draw_masks(labels, camera)
+    drivable, lane = labels_of.draw_masks(labels, size)
     renumber = np.full(256, OBSTACLE, dtype=np.uint8)
     renumber[0] = 0
     renumber[kept] = np.arange(1, len(kept) + 1)
@@ -176,13 +178,15 @@ def _draw_traffic(random: Generator, road: Road, *, is_night: bool) -> list[Vehi
         while s < LAST and len(found) < MOST:
             kind: Kind = "car"
             if not is_parking:
-                kind = ("car", "truck", "bus")[int(random.choice(3, p=[0.76, 0.14, 0.10]))]  # type: ignore[assignment]
+                kind = ("car", "truck", "bus")[int(random.choice(3, p=[0.76, 0.14, 0.10]))]
             model = build_vehicle(kind, random, is_night=is_night and not is_parking)
             middle = (lane.left + lane.right) / 2 + random.normal(0, 0.05 if is_parking else 0.18)
             turned = lane.role == "oncoming" or (is_parking and middle < 0)
             if not is_parking or random.random() < 0.7:
                 found.append(Vehicle(kind, model, s, middle, turned))
-            s += model.length + (random.uniform(1, 3) if is_parking else 3 + random.exponential(gap))
+            s += model.length + (
+                random.uniform(1, 3) if is_parking else 3 + random.exponential(gap)
+            )
     return found
 
 
@@ -201,7 +205,7 @@ def _vehicle_item(
         for part in parts:
             canvas.solid(part, vehicle.world(road, part), number)
         # Only what comes later, and is nearer, can hide it.
-        pixels = cv2.countNonZero(cv2.compare(canvas.numbers, number, cv2.CMP_EQ))
+        pixels = int(np.count_nonzero(canvas.numbers == number))
         seen.append(labels_of.Seen(number, vehicle.kind, pixels))
 
     return vehicle.s + vehicle.model.length / 2, paint
@@ -223,13 +227,17 @@ def _paint_shadows(
     for lane in road.lanes:
         middle = (lane.left + lane.right) / 2
         for track in (-0.8, 0.8):
-            outlines.append((road.strip(middle + track - 0.3, middle + track + 0.3, near, 60.0, 20), 14))
+            outlines.append(
+                (road.strip(middle + track - 0.3, middle + track + 0.3, near, 60.0, 20), 14)
+            )
     lean = random.uniform(-1.2, 1.2) if has_sun else 0.0
     if has_sun and random.random() < 0.5:
         for _ in range(int(random.integers(2, 8))):
             s, length = random.uniform(near, 50), random.uniform(1.5, 6)
             d = random.uniform(0, road.right) * random.choice((-1, 1))
-            outlines.append((road.strip(d - 4, d + 4, s, s + length, 6), int(random.integers(40, 80))))
+            outlines.append(
+                (road.strip(d - 4, d + 4, s, s + length, 6), int(random.integers(40, 80)))
+            )
     for vehicle in vehicles:
         half, end = vehicle.model.width / 2, vehicle.s + vehicle.model.length
         low, high = vehicle.d - half, vehicle.d + half
@@ -254,13 +262,19 @@ def _paint_verges(canvas: Canvas, road: Road, place: Place, rail_side: int) -> N
                 middle = edge + side * 5.5
                 canvas.ground([road.strip(middle - 2.2, middle + 2.2, start, end)], (120, 112, 104))
                 rails = [middle - 0.72, middle + 0.72]
-                canvas.ground([road.strip(at - 0.05, at + 0.05, start, end) for at in rails], (70, 62, 58))
+                canvas.ground(
+                    [road.strip(at - 0.05, at + 0.05, start, end) for at in rails], (70, 62, 58)
+                )
             if place == "highway":
                 rail = edge + side * 0.6
                 s = np.geomspace(start, end, 24)
-                board = np.concatenate([road.points(s, rail, 0.42), road.points(s[::-1], rail, 0.78)])
+                board = np.concatenate(
+                    [road.points(s, rail, 0.42), road.points(s[::-1], rail, 0.78)]
+                )
                 posts = [
-                    road.points(np.array([at, at, at + 0.12, at + 0.12]), rail, np.array([0, 0.5, 0.5, 0]))
+                    road.points(
+                        np.array([at, at, at + 0.12, at + 0.12]), rail, np.array([0, 0.5, 0.5, 0])
+                    )
                     for at in np.arange(np.ceil(start / 4) * 4, min(end, 60.0), 4.0)
                 ]
                 canvas.ground(posts, (88, 88, 90), is_flat=False)
@@ -283,7 +297,9 @@ def _place_props(
         if place != "highway":
             s = random.uniform(6, 16)
             while s < 150:
-                house = build_house(random, side=side, is_tall=place == "city street", is_night=is_night)
+                house = build_house(
+                    random, side=side, is_tall=place == "city street", is_night=is_night
+                )
                 setback = random.uniform(4, 7) if place == "city street" else random.uniform(6, 11)
                 d = edge + side * (setback + beyond + house.width / 2)
                 items.append(_solid_item(canvas, road, house, s, d, OBSTACLE))
@@ -291,7 +307,9 @@ def _place_props(
         trees = {"highway": 20, "city street": 4, "residential": 12}[place]
         for _ in range(int(random.integers(trees // 2, trees + 1))):
             s = random.uniform(12, 190)
-            d = edge + side * (random.uniform(5, 40) if place == "highway" else random.uniform(2.2, 4))
+            d = edge + side * (
+                random.uniform(5, 40) if place == "highway" else random.uniform(2.2, 4)
+            )
             items.append(_tree_item(canvas, random, road, s, d + side * beyond))
         if random.random() < 0.7:
             first, step = random.uniform(8, 25), random.uniform(22, 38)
@@ -306,9 +324,7 @@ def _place_props(
     return items
 
 
-def _solid_item(
-    canvas: Canvas, road: Road, model: Model, s: float, d: float, number: int
-) -> Item:
+def _solid_item(canvas: Canvas, road: Road, model: Model, s: float, d: float, number: int) -> Item:
     def paint() -> None:
         for part in model.parts:
             u, v, t = np.moveaxis(part.corners, -1, 0)
@@ -358,7 +374,9 @@ def _build_sign(random: Generator, place: Place, *, is_night: bool) -> Model:
         colour: Colour = (24, 106, 70)
     else:
         width, low, high = 0.7, 2.1, 2.8
-        colour = ((196, 40, 40), (232, 190, 40), (236, 236, 232), (40, 80, 160))[int(random.integers(4))]
+        colour = ((196, 40, 40), (232, 190, 40), (236, 236, 232), (40, 80, 160))[
+            int(random.integers(4))
+        ]
     built.box((-0.04, 0.04), (0, high), (0.02, 0.1), (120, 122, 124))
     face = built.box((-width / 2, width / 2), (low, high), (0, 0.02), (235, 236, 232))["rear"]
     built.patch(face, (0.05, 0.95), (0.07, 0.93), colour)
@@ -366,4 +384,3 @@ def _build_sign(random: Generator, place: Place, *, is_night: bool) -> Model:
         right = random.uniform(0.6, 0.85)
         built.patch(face, (0.15, right), (up, up + 0.1), (232, 234, 232))
     return Model((built.done(),), 0.1, width, high)
-

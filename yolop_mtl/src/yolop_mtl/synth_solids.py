@@ -36,8 +36,11 @@ CARGO_PAINTS: Sequence[Colour] = (
     (236, 236, 234), (222, 222, 218), (196, 170, 110), (60, 92, 140), (150, 44, 40), (98, 112, 98),
 )  # fmt: skip
 WALLS: Sequence[Colour] = (
-    (156, 116, 96), (178, 168, 152), (132, 130, 128), (190, 176, 148), (112, 92, 84), (148, 156, 164),
+    (156, 116, 96), (178, 168, 152), (132, 130, 128), (190, 176, 148), (112, 92, 84),
+    (148, 156, 164),
 )  # fmt: skip
+SIDES: tuple[Face, Face] = ("left", "right")
+ENDS: tuple[Face, Face] = ("rear", "front")
 # Light that each face gets, as a share.
 SHADES: dict[Face, float] = {"rear": 0.86, "front": 0.86, "left": 0.72, "right": 1.0, "top": 1.12}
 
@@ -220,14 +223,14 @@ def _car(random: Generator, is_night: bool) -> Model:
     built = Builder(is_night=is_night)
     built.under(half, length, 0.36)
     body = built.box((-half, half), (0.26, waist), (0, length), paint, (0.05, 0.06, 0.1))
-    for face in ("rear", "front"):
+    for face in ENDS:
         built.patch(body[face], (0, 1), (0, 0.24), tuple(0.45 * c for c in paint))  # type: ignore[arg-type]
         built.patch(body[face], (0.36, 0.64), (0.3, 0.5), PLATE)
     for left, right in ((0.02, 0.2), (0.8, 0.98)):
         built.patch(body["rear"], (left, right), (0.58, 0.86), TAIL, lit=TAIL_LIT)
         built.patch(body["front"], (left, right), (0.58, 0.82), HEAD, lit=HEAD_LIT)
     built.patch(body["front"], (0.24, 0.76), (0.55, 0.8), DARK)
-    for face in ("left", "right"):
+    for face in SIDES:
         built.patch(body[face], (0, 1), (0, 0.12), DARK)
         built.patch(body[face], (0.5, 0.51), (0.12, 0.95), DARK)
     built.wheels(half, (0.85, length - 0.85), 0.33)
@@ -241,7 +244,7 @@ def _car(random: Generator, is_night: bool) -> Model:
     built.patch(cabin["rear"], (0.08, 0.92), (0.14, 0.86), GLASS)
     built.patch(cabin["rear"], (0.08, 0.92), (0.62, 0.86), (86, 98, 110))
     built.patch(cabin["front"], (0.05, 0.95), (0.08, 0.9), GLASS)
-    for face in ("left", "right"):
+    for face in SIDES:
         for across in ((0.1, 0.47), (0.52, 0.9)):
             built.patch(cabin[face], across, (0.12, 0.85), GLASS)
     return Model((built.done(),), length, width, height)
@@ -260,7 +263,7 @@ def _bus(random: Generator, is_night: bool) -> Model:
     for left, right in ((0.03, 0.13), (0.87, 0.97)):
         built.patch(body["rear"], (left, right), (0.14, 0.36), TAIL, lit=TAIL_LIT)
         built.patch(body["front"], (left, right), (0.1, 0.2), HEAD, lit=HEAD_LIT)
-    for face in ("left", "right"):
+    for face in SIDES:
         built.patch(body[face], (0, 1), (0.24, 0.34), other)
         for number in range(7):
             across = (0.03 + number * 0.137, 0.03 + number * 0.137 + 0.118)
@@ -284,7 +287,7 @@ def _truck(random: Generator, is_night: bool) -> Model:
     for across in ((0.25, 0.28), (0.72, 0.75)):
         cargo.patch(body["rear"], across, (0.05, 0.95), seam)
     band = _pick(random, PAINTS)
-    for face in ("left", "right"):
+    for face in SIDES:
         cargo.patch(body[face], (0.2, 0.8), (0.4, 0.65), band)
     y = (0.55, 0.55, 0.85, 0.85)
     for left, right in ((-half, -half + 0.4), (half - 0.4, half)):
@@ -302,7 +305,7 @@ def _truck(random: Generator, is_night: bool) -> Model:
     ahead.patch(front["front"], (0.25, 0.75), (0.12, 0.4), DARK)
     for left, right in ((0.03, 0.18), (0.82, 0.97)):
         ahead.patch(front["front"], (left, right), (0.06, 0.2), HEAD, lit=HEAD_LIT)
-    for face in ("left", "right"):
+    for face in SIDES:
         ahead.patch(front[face], (0.3, 0.9) if face == "right" else (0.1, 0.7), (0.52, 0.88), GLASS)
     ahead.wheels(half, (length - 1.0,), 0.5)
     return Model((cargo.done(), ahead.done()), length, width, height)
@@ -318,11 +321,11 @@ def _train(random: Generator, is_night: bool) -> Model:
         start, end = number * each, (number + 1) * each - 0.5
         built.box((0.2 - half, half - 0.2), (0.05, 0.7), (start + 1, end - 1), DARK)
         body = built.box((-half, half), (0.6, height), (start, end), paint, (0.1, 0.15, 0.15))
-        for face, lamp, lit in (("rear", TAIL, TAIL_LIT), ("front", HEAD, HEAD_LIT)):
-            built.patch(body[face], (0.1, 0.9), (0.5, 0.86), GLASS)  # type: ignore[index]
+        for face, lamp, lit in zip(ENDS, (TAIL, HEAD), (TAIL_LIT, HEAD_LIT), strict=True):
+            built.patch(body[face], (0.1, 0.9), (0.5, 0.86), GLASS)
             for across in ((0.08, 0.2), (0.8, 0.92)):
-                built.patch(body[face], across, (0.16, 0.26), lamp, lit=lit)  # type: ignore[index]
-        for face in ("left", "right"):
+                built.patch(body[face], across, (0.16, 0.26), lamp, lit=lit)
+        for face in SIDES:
             built.patch(body[face], (0, 1), (0.08, 0.24), band)
             for column in range(8):
                 across = (0.03 + column * 0.12, 0.03 + column * 0.12 + 0.09)
@@ -330,11 +333,11 @@ def _train(random: Generator, is_night: bool) -> Model:
                     built.patch(body[face], across, (0.08, 0.84), DARK)
                 built.patch(body[face], across, (0.48, 0.8), GLASS, lit=(214, 200, 152))
         parts.append(built.done())
-    return Model(tuple(parts), count * each, width, height)
+    return Model(tuple(parts), count * each - 0.5, width, height)
 
 
 def build_house(random: Generator, *, side: int, is_tall: bool, is_night: bool) -> Model:
-    """A building to the left (`side` -1) or right (1) of the road, with windows where one sees it."""
+    """A building left (`side` -1) or right (1) of the road, with windows where one sees them."""
     length, width = random.uniform(9, 22), random.uniform(7, 14)
     height = random.uniform(9, 30) if is_tall else random.uniform(4, 7)
     half, paint = width / 2, _pick(random, WALLS)
@@ -343,11 +346,11 @@ def build_house(random: Generator, *, side: int, is_tall: bool, is_night: bool) 
     body = built.box((-half, half), (0, wall_top), (0, length), paint)
     rows = max(1, round(wall_top / 3.2))
     facing: Face = "left" if side > 0 else "right"
-    for face, columns in (("rear", 3), (facing, 5)):
-        built.windows(random, body[face], columns=columns, rows=rows, low=0.04, high=0.96)  # type: ignore[index]
+    for face, columns in ((ENDS[0], 3), (facing, 5)):
+        built.windows(random, body[face], columns=columns, rows=rows, low=0.04, high=0.96)
     if is_tall:
-        for face in ("rear", facing):
-            built.patch(body[face], (0, 1), (0.965, 1), tuple(0.6 * c for c in paint))  # type: ignore[arg-type, index]
+        for face in (ENDS[0], facing):
+            built.patch(body[face], (0, 1), (0.965, 1), tuple(0.6 * c for c in paint))  # type: ignore[arg-type]
     else:
         roof = _pick(random, ((112, 62, 48), (84, 80, 78), (96, 70, 56)))
         built.box((-half - 0.4, half + 0.4), (wall_top, height), (-0.4, length + 0.4), roof,
