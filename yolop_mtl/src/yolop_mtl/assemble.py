@@ -4,9 +4,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
-from shared_utils.checkpoint import reading
 from shared_utils.errors import InputError
 from yolop_mtl import bdd100k, coco
 from yolop_mtl.anchors import Sizes, fit_anchors, letterboxed, measure_anchors
@@ -15,6 +13,7 @@ from yolop_mtl.config import DataConfig, LossConfig, ModelConfig, TrainConfig
 from yolop_mtl.loss_weights import LossWeights, default_gains
 from yolop_mtl.losses import Criterion
 from yolop_mtl.model import PRESETS, YOLOPv2, build_model
+from yolop_mtl.prepare_check import image_size
 from yolop_mtl.records import ALL_BDD_CLASSES, VEHICLE_CLASS, VEHICLES, Classes, Record
 from yolop_mtl.samples import check_masks, check_records
 from yolop_mtl.synth import SynthConfig, generate
@@ -157,10 +156,9 @@ def box_sizes(records: Sequence[Record], img_size: tuple[int, int]) -> Sizes:
     parts = []
     for record in records:
         if record.boxes_xyxy is not None and len(record.boxes_xyxy):
-            with reading(record.image, "an image"), Image.open(record.image) as image:
-                size = image.size  # from its first bytes
+            size = np.array([image_size(record.image)[::-1]], dtype=np.float64)
             sides = record.boxes_xyxy[:, 2:].astype(np.float64) - record.boxes_xyxy[:, :2]
-            parts.append(letterboxed(sides, np.array([size], dtype=np.float64), img_size))
+            parts.append(letterboxed(sides, size, img_size))
     return np.concatenate(parts) if parts else np.zeros((0, 2))
 
 

@@ -64,7 +64,9 @@ class Learner(nn.Module):
             images: (B, 3, H, W) uint8, RGB.
             targets: their truth, on the same device.
         """
-        return self.weights(self.criterion(self.model(scaled(images)), targets))
+        result: tuple[Tensor, dict[str, Tensor]]
+        result = self.weights(self.criterion(self.model(scaled(images)), targets))
+        return result
 
 
 def scaled(images: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from yolop_mtl.config import DataConfig, ModelConfig, OptimConfig, RunConfig, Tr
 SYNTHETIC = TrainConfig(
     recipe="synthetic",
     about="generated driving scenes, preset nano; under ten minutes on two cores",
-    model=ModelConfig(preset="nano"),
+    model=ModelConfig(preset="nano", anchors="auto"),
     data=DataConfig(
         source="synthetic",
         root=Path("data/driving-scenes"),
@@ -31,7 +31,7 @@ SYNTHETIC = TrainConfig(
         warmup_steps=0,
         ema_decay=0.99,
     ),
-    run=RunConfig(val_every=4),
+    run=RunConfig(val_every=4, precision="bf16-mixed"),
 )
 
 # The paper's data, with the settings of its parents where its own are not known. Steps are of 64
