@@ -8,14 +8,14 @@ import pytest
 
 from shared_utils import checkpoint
 from shared_utils.run_log import read_metrics
-from yolop_mtl import model_io, report
+from yolop_mtl import model_io, report, train
 from yolop_mtl.cli import main
 from yolop_mtl.train import _Training
 
 FILES = {
     "config.json", "metrics.jsonl", "last.ckpt", "last.ckpt.prev", "best.ckpt",
     "model.safetensors", "model.json", "result.json", "curves.png", "predictions.png",
-    "train_images.png", "tensorboard",
+    "train_images.png", "boxes.png", "lanes.png", "tensorboard",
 }  # fmt: skip
 TERMS = {
     "detection": {"loss_box", "loss_obj", "loss_cls"},
@@ -33,6 +33,7 @@ FIGURES = {
 def _no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
     """Curves are looked at in the run that tests share; drawing them takes the longest."""
     monkeypatch.setattr(report, "plot_curves", lambda *args: None)
+    monkeypatch.setattr(train, "write_curves", lambda *args: None)
 
 
 def read(path: Path) -> Any:

@@ -22,6 +22,7 @@ ONE_LINE = re.compile(r"error: [^\n]+?: got [^\n]+?, expected [^\n]+; [^\n]+\n")
 def _no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
     """Curves are looked at in the run that tests share; drawing them takes the longest."""
     monkeypatch.setattr(report, "plot_curves", lambda *args: None)
+    monkeypatch.setattr(train, "write_curves", lambda *args: None)
 
 
 def read(path: Path) -> Any:

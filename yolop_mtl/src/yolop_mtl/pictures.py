@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torchvision.ops import box_convert
 
@@ -15,6 +16,7 @@ from yolop_mtl.learner import scaled
 from yolop_mtl.model import YOLOPv2
 from yolop_mtl.postprocess import detect, native_detections, native_drivable, native_lane
 from yolop_mtl.samples import Pixels, Sample
+from yolop_mtl.targets import IGNORE
 
 NUM_TRAIN, NUM_VAL = 8, 8
 PANEL = 640  # pixels, the longest side of a picture of a sheet
@@ -101,9 +103,10 @@ def _truth(sample: Sample, class_names: Sequence[str]) -> Pixels:
     )
 
 
-def _area(mask: Pixels) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
+def _area(mask: Pixels) -> NDArray[np.bool_]:
     """Where a mask has any drivable area; unknown is none."""
-    return (mask > 0) & (mask != 255)
+    area: NDArray[np.bool_] = (mask > 0) & (mask != IGNORE)
+    return area
 
 
 def _save(panels: Sequence[Pixels], path: Path, *, columns: int) -> None:

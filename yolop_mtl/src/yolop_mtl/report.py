@@ -1,6 +1,6 @@
 """The last files of a run: curves, pictures and `result.json`."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,10 @@ from shared_utils.run_log import plot_curves, write_result
 from yolop_mtl import model_io, pictures
 from yolop_mtl.assemble import Splits
 from yolop_mtl.config import TrainConfig
+from yolop_mtl.curves import draw_box_curves, draw_lane_curve
 from yolop_mtl.dataset import DrivingDataset
 from yolop_mtl.devices import run_facts
+from yolop_mtl.evaluate import Evaluation
 
 CURVES = {
     "loss": ["loss"],
@@ -26,6 +28,14 @@ TOLD = ("mAP50", "mAP50_95", "drivable_mIoU", "lane_IoU", "lane_f1", "fitness")
 def say_metrics(metrics: Mapping[str, float]) -> str:
     """The figures to follow a run by, in one line."""
     return "  ".join(f"{name} {metrics[name]:.4f}" for name in TOLD if name in metrics)
+
+
+def write_curves(found: Evaluation, class_names: Sequence[str], folder: Path) -> None:
+    """Boxes over confidence and recall, lanes over their threshold, of the best network so far."""
+    if found.boxes is not None:
+        draw_box_curves(found.boxes, class_names, folder / "boxes.png")
+    if found.lane is not None:
+        draw_lane_curve(found.lane, folder / "lanes.png")
 
 
 def write_report(

@@ -36,7 +36,7 @@ from yolop_mtl.evaluate import evaluate
 from yolop_mtl.learner import Learner, fitness
 from yolop_mtl.optim import NOMINAL_BATCH, build_optimizer, rates_at, set_rates
 from yolop_mtl.pretrained import load_pretrained
-from yolop_mtl.report import say_metrics, write_report, write_train_batch
+from yolop_mtl.report import say_metrics, write_curves, write_report, write_train_batch
 
 # What a run goes on with has to be what it began with.
 FIXED = {
@@ -143,8 +143,7 @@ class _Training:
                     values = {**means, "lr": rates_at(cfg.optim, self.place, self.steps).lr}
                     is_best = False
                     if self.epoch % cfg.run.val_every == 0 or self.epoch == cfg.optim.epochs:
-                        metrics = self._validate()
-                        is_best = self._compare(metrics)
+                        metrics, is_best = self._validate()
                         values |= metrics
                         log.say(f"epoch {self.epoch}: {say_metrics(metrics)}")
                     log.log(
@@ -235,8 +234,8 @@ class _Training:
                 got = f"nan or inf after step {self.step}"
                 raise InputError(name, got, "finite weights", self._remedy)
 
-    def _validate(self) -> dict[str, float]:
-        """Metrics of the averaged network on the validation images of all processes."""
+    def _validate(self) -> tuple[dict[str, float], bool]:
+        """Metrics of the averaged network on all validation images; whether they are the best."""
         found = evaluate(
             self.ema.model,
             self.val_loader,
@@ -246,7 +245,11 @@ class _Training:
             autocast=self.fabric.autocast,
             gather=processes.gather if self.fabric.world_size > 1 else None,
         )
-        return dict(self.fabric.broadcast(found.metrics))
+        metrics = dict(self.fabric.broadcast(found.metrics))
+        is_best = self._compare(metrics)
+        if is_best and self.fabric.is_global_zero:
+            write_curves(found, self.splits.class_names, self.folder)
+        return metrics, is_best
 
     def _compare(self, metrics: dict[str, float]) -> bool:
         """Whether they are the best so far; adds their fitness."""
