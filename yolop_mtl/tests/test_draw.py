@@ -28,7 +28,7 @@ def test_masks_are_mixed_where_they_are_and_lanes_lie_on_top() -> None:
     expected = [round(128 * 0.55 + 0.45 * c) for c in DRIVABLE]
     assert drawn[80, 20].tolist() == expected
     near_lane = [round(0.15 * e + 0.85 * c) for e, c in zip(expected, LANE, strict=True)]
-    assert drawn[80, 95].tolist() == near_lane
+    assert np.abs(drawn[80, 95].astype(int) - near_lane).max() <= 1
     assert (overlay(GREY) == GREY).all()
 
 
@@ -57,7 +57,7 @@ def test_names_stay_in_the_picture_and_the_best_box_is_on_top() -> None:
     # At the upper edge the name goes below; a class without a name shows its number.
     top = np.array([[150.0, 0, 200, 30]], dtype=np.float32)
     drawn = overlay(GREY, boxes_xyxy=top, labels=np.array([7]))
-    below = drawn[32:42, 185:].reshape(-1, 3)
+    below = drawn[33:42, 150:160].reshape(-1, 3)
     assert (below == np.array(BOXES[7 % len(BOXES)])).all(1).any()
     both = overlay(GREY, boxes_xyxy=np.repeat(BOX, 2, 0), labels=np.array([1, 0]))
     assert (both[50, 60:120] == BOXES[1]).all()
