@@ -37,7 +37,8 @@ help: ## this list (also: make)
 		for (i = 1; i <= n; i++) printf i < n ? "  %s\n" : "  %-18s %s\n", names[i], $$2}' Makefile
 	@echo
 	@echo '  variables'
-	@echo '  RECIPE=NAME        another job for a train target; .venv/bin/e2vpt train --help lists them (dnc: the same)'
+	@echo '  RECIPE=NAME        another job for a train target; .venv/bin/e2vpt train --help lists them'
+	@echo '                     (dnc and yolop-mtl: the same)'
 	@echo '  CONFIG=FILE        another config for train-dnc-seg; dnc/configs/ holds them'
 	@echo '  ARGS="..."         more options for the command or for pytest: ARGS="--optim.lr 0.5"'
 	@echo '  NPROC=N            that many training processes, with torchrun (default 1)'
@@ -73,6 +74,15 @@ ifeq ($(NPROC),1)
 else
 	$(BIN)/python -m torch.distributed.run --standalone --nproc-per-node=$(NPROC) \
 		-m dnc seg train "$(or $(CONFIG),dnc/configs/digitscenes_fcn.py)" $(ARGS)
+endif
+
+.PHONY: train-drive
+train-drive: $(STAMPS)/yolop_mtl ## train boxes, drivable area and lanes in one network, recipe synthetic
+ifeq ($(NPROC),1)
+	$(BIN)/yolop-mtl train $(or $(RECIPE),synthetic) $(ARGS)
+else
+	$(BIN)/python -m torch.distributed.run --standalone --nproc-per-node=$(NPROC) \
+		-m yolop_mtl train $(or $(RECIPE),synthetic) $(ARGS)
 endif
 
 .PHONY: bench bench-e2vpt bench-dnc

@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from yolop_mtl.cli import main
+from yolop_mtl.synth import SynthConfig, generate
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -26,3 +29,33 @@ def _threads() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+# ---- runs ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def driving_scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few small generated scenes in BDD100K's form, not to be changed."""
+    root = tmp_path_factory.mktemp("scenes") / "scenes"
+    generate(SynthConfig(out=root, num_train=6, num_val=3, size=(120, 160)))
+    return root
+
+
+@pytest.fixture(scope="session")
+def quick(driving_scenes: Path) -> list[str]:
+    """Options that make recipe synthetic a matter of seconds."""
+    return [
+        "--data.root", str(driving_scenes), "--data.num-scenes", "6", "3",
+        "--data.scene-size", "120", "160", "--data.img-size", "64", "96",
+        "--data.batch-size", "2", "--data.num-workers", "0", "--optim.epochs", "2",
+        "--accelerator", "cpu", "--precision", "32-true", "--val-every", "1",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def quick_run(tmp_path_factory: pytest.TempPathFactory, quick: list[str]) -> Path:
+    """A finished run, not to be changed."""
+    runs = tmp_path_factory.mktemp("runs")
+    assert main(["train", "synthetic", "--runs-dir", str(runs), "--name", "run", *quick]) == 0
+    return runs / "yolop_mtl" / "run"

@@ -3,18 +3,30 @@
 import ast
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import yolop_mtl
 from shared_utils.config import from_dict, to_dict
-from yolop_mtl.assemble import build_losses, build_network, load_split
-from yolop_mtl.config import DataConfig, LossConfig, ModelConfig, TrainConfig
+from yolop_mtl.assemble import build_losses, build_network, choose_anchors, load_split
+from yolop_mtl.boxes import COCO_ANCHORS
+from yolop_mtl.config import (
+    DataConfig,
+    FitnessConfig,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    TrainConfig,
+)
 from yolop_mtl.loss_weights import BASE_GAINS
 from yolop_mtl.model import PRESETS
+from yolop_mtl.records import Record
 
 from .label_files import scene_2018, write_image, write_json
 
@@ -40,6 +52,25 @@ def test_losses_of_a_network_without_boxes_and_with_learned_weights() -> None:
     model = build_network(ModelConfig(preset="nano", tasks=("lane",)), DataConfig(), num_classes=1)
     _, weights = build_losses(LossConfig(is_learned=True), model, (384, 640))
     assert list(weights.log_variances) == ["lane"]
+
+
+def test_anchors_of_a_run(tmp_path: Path) -> None:
+    explicit = tuple(float(n) for n in range(1, 19))
+    model = ModelConfig(anchors="explicit", anchor_sizes=explicit)
+    table, told = choose_anchors(TrainConfig(model=model), [])
+    assert (np.ravel(table).tolist(), told) == (list(explicit), "")
+    assert choose_anchors(TrainConfig(), []) == (COCO_ANCHORS, "")
+    # Nine sizes of boxes in images of twice the network's size give nine anchors.
+    write_image(tmp_path / "a.jpg", size=(128, 256))
+    sizes = np.array([[4.0 * n, 2.0 * n] for n in range(3, 12)])
+    boxes = np.concatenate([np.zeros_like(sizes), sizes], 1).astype(np.float32)
+    records = [Record(tmp_path / "a.jpg", np.repeat(boxes, 9, 0), np.zeros(81, dtype=np.int64))]
+    auto = TrainConfig(model=ModelConfig(anchors="auto"), data=DataConfig(img_size=(64, 128)))
+    table, told = choose_anchors(auto, records)
+    assert np.reshape(table, (-1, 2)).tolist() == pytest.approx(sizes / 2)
+    assert "anchors fitted to 81 boxes, fitness 1.000" in told
+    with pytest.raises(ValueError, match="boxes: got 0 of 0 with sides of"):
+        choose_anchors(auto, [])
 
 
 def test_default_gains_of_the_configuration_are_those_of_the_losses() -> None:
@@ -87,15 +118,20 @@ def test_a_configuration_survives_json() -> None:
 def test_every_field_is_read_somewhere() -> None:
     read = set()
     for path in SOURCE.glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            # In config.py a field is read where a property makes something of it.
             if isinstance(node, ast.Attribute) and path.name != "config.py":
                 read.add(node.attr)
-    gains = set(LossConfig().gains)
-    for group in (ModelConfig, DataConfig, LossConfig):
-        names = {f.name for f in dataclasses.fields(group) if f"loss_{f.name}" not in gains}
-        # Read by the trainer, which is still to come.
-        later = {"val_split", "img_size", "drivable_format", "lane_format"}
-        assert names - read <= later
+    gains = {name.removeprefix("loss_") for name in LossConfig().gains}
+    read |= gains | FitnessConfig().weights.keys()
+    for group in dataclasses.fields(TrainConfig):
+        names = (
+            {group.name}
+            if group.name in ("recipe", "about")
+            else {f.name for f in dataclasses.fields(group.default_factory)}
+        )
+        assert names - read - {"about"} == set(), group.name  # told by --help
 
 
 @pytest.mark.parametrize(
@@ -105,9 +141,31 @@ def test_every_field_is_read_somewhere() -> None:
         (DataConfig, {"img_size": (360, 640)}, r"data.img_size: got \(360, 640\), expected a heig"),
         (DataConfig, {"lane_format": "value"}, "mask_format: got 'value' for lane masks, expected"),
         (LossConfig, {"box": -1.0}, r"loss.box: got -1.0, expected 0 or more; correct it"),
-        (LossConfig, {"lane_alpha": 2.0}, r"loss.lane_alpha: got 2.0, expected 0 to 1; correct it"),
+        (LossConfig, {"lane_alpha": 2.0}, r"loss.lane_alpha: got 2.0, expected 0 or more and "),
         (LossConfig, {"lane_fp": -1.0}, r"loss.lane_fp: got -1.0, expected 0 or more; correct it"),
         (LossConfig, {"lane_exponent": 0.0}, r"loss.lane_exponent: got 0.0, expected more than 0"),
+        (LossConfig, {"obj": math.nan}, r"loss.obj: got nan, expected 0 or more; correct it"),
+        (ModelConfig, {"anchors": "explicit"}, r"model.anchor_sizes: got 0 numbers with model.anc"),
+        (ModelConfig, {"anchors": "explicit", "anchor_sizes": (1.0,)}, r"got 1, expected 18 numb"),
+        (
+            ModelConfig,
+            {"anchors": "explicit", "anchor_sizes": (0.0,) * 18},
+            r"model.anchor_sizes: got .*, expected sides of more than 0 pixels",
+        ),
+        (DataConfig, {"batch_size": 0}, r"data.batch_size: got 0, expected 1 or more; correct it"),
+        (DataConfig, {"num_scenes": (0, 1)}, r"data.num_scenes: got \(0, 1\), expected 1 or more"),
+        (DataConfig, {"scene_size": (8, 64)}, r"data.scene_size: got \(8, 64\), expected sides of"),
+        (OptimConfig, {"lr": 0.0}, r"optim.lr: got 0.0, expected more than 0; correct it"),
+        (OptimConfig, {"momentum": 1.0}, r"optim.momentum: got 1.0, expected more than 0 and at "),
+        (OptimConfig, {"epochs": 2}, r"optim.warmup_epochs: got 3.0, expected at most optim.epoc"),
+        (FitnessConfig, {"lane_f1": -1.0}, r"fitness.lane_f1: got -1.0, expected 0 or more"),
+        (
+            FitnessConfig,
+            {"mAP50_95": 0.0, "drivable_mIoU": 0.0, "lane_f1": 0.0},
+            r"fitness: got weights of 0, expected one of more than 0",
+        ),
+        (RunConfig, {"val_every": 0}, r"val_every: got 0, expected 1 or more; correct it"),
+        (RunConfig, {"seed": -1}, r"seed: got -1, expected 0 to 4294967295; correct it"),
     ],
 )
 def test_wrong_values_are_refused(cls: type, options: dict[str, Any], message: str) -> None:

@@ -110,3 +110,10 @@ def test_broken_json_and_missing_images_are_named(root: Path) -> None:
     (root / "images/val").mkdir()
     with pytest.raises(ValueError, match=r"val: got no image, expected one or more; check data"):
         load_records(root, "val")
+
+
+def test_masks_of_images_that_are_not_there_are_refused(root: Path) -> None:
+    write_image(root / "lane/train/d.png")
+    message = r"lane/train: got masks of 1 images that are not there, first 'd', expected an image"
+    with pytest.raises(ValueError, match=message):
+        load_records(root, "train")

@@ -37,8 +37,8 @@ def load_records(root: Path, split: str, classes: Classes | None = None) -> list
         split: name of a folder in `images/`.
         classes: of boxes; None: the file's own categories.
 
-    Raises: MissingFileError; InputError for an empty or broken file, an image that is listed and
-        not there, an unknown category, a wrong box.
+    Raises: MissingFileError; InputError for an empty or broken file, an image that is listed or has
+        a mask and is not there, an unknown category, a wrong box.
     """
     folder = root / "images" / split
     if not folder.is_dir():
@@ -53,6 +53,13 @@ def load_records(root: Path, split: str, classes: Classes | None = None) -> list
     boxes: dict[str, Record] = {}
     if path := _find_json(root, split):
         boxes = _load_boxes(path, classes or _own_classes(path), set(images))
+    stems = {path.stem for path in images.values()}
+    for kind in ("drivable", "lane"):
+        masks = sorted((root / kind / split).glob("*.png"))
+        if extra := [mask for mask in masks if mask.stem not in stems]:
+            got = f"masks of {len(extra)} images that are not there, first '{extra[0].stem}'"
+            do = f"remove them, or add the images to {folder}"
+            raise InputError(str(root / kind / split), got, "an image for each mask", do)
     records = []
     for name, image in images.items():
         own = boxes.get(name, Record(image))

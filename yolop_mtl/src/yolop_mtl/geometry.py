@@ -40,25 +40,35 @@ class Letterbox(NamedTuple):
         """Pixels of the input per pixel of the image, down and across; equal up to rounding."""
         return self.inner[0] / self.size[0], self.inner[1] / self.size[1]
 
+    @property
+    def rows(self) -> slice:
+        """Those of the input that the image fills."""
+        return slice(self.top, self.top + self.inner[0])
+
+    @property
+    def columns(self) -> slice:
+        """Those of the input that the image fills."""
+        return slice(self.left, self.left + self.inner[1])
+
     def image(self, pixels: Pixels) -> Pixels:
         """(H, W, 3) -> the input, bilinear (of averages where it shrinks), grey around."""
         canvas = np.full((*self.outer, 3), PADDING, dtype=np.uint8)
-        canvas[self._rows, self._columns] = _resize(pixels, self.inner, is_mask=False)
+        canvas[self.rows, self.columns] = _resize(pixels, self.inner, is_mask=False)
         return canvas
 
     def mask(self, values: Pixels) -> Pixels:
         """(H, W) class numbers -> those of the input, nearest, background around."""
         canvas = np.zeros(self.outer, dtype=np.uint8)
-        canvas[self._rows, self._columns] = _resize(values, self.inner, is_mask=True)
+        canvas[self.rows, self.columns] = _resize(values, self.inner, is_mask=True)
         return canvas
 
     def crop(self, values: NDArray[np.generic]) -> NDArray[np.generic]:
         """(..., H, W) in the input -> without the padding."""
-        return values[..., self._rows, self._columns]
+        return values[..., self.rows, self.columns]
 
     def native_mask(self, values: Pixels) -> Pixels:
         """(H, W) class numbers in the input -> those of the image, at its size, nearest."""
-        inner = np.ascontiguousarray(values[self._rows, self._columns])
+        inner = np.ascontiguousarray(values[self.rows, self.columns])
         return _resize(inner, self.size, is_mask=True)
 
     def boxes(self, boxes_xyxy: Boxes) -> Boxes:
@@ -75,14 +85,6 @@ class Letterbox(NamedTuple):
         height, width = self.size
         result: Boxes = (moved / np.array([across, down] * 2)).clip(0, [width, height] * 2)
         return result
-
-    @property
-    def _rows(self) -> slice:
-        return slice(self.top, self.top + self.inner[0])
-
-    @property
-    def _columns(self) -> slice:
-        return slice(self.left, self.left + self.inner[1])
 
 
 def fit(size: tuple[int, int], outer: tuple[int, int]) -> Letterbox:
