@@ -11,7 +11,7 @@ SYNTHETIC = TrainConfig(
     model=ModelConfig(preset="nano", anchors="auto"),
     data=DataConfig(
         source="synthetic",
-        root=Path("data/driving-scenes"),
+        root=Path("runs/data/driving-scenes"),
         img_size=(192, 320),
         num_scenes=(400, 64),
         scene_size=(360, 640),

@@ -168,7 +168,8 @@ def fit_centroids(model: Any, dataset: Any, log: RunLog | None = None) -> None:
     for place in range(len(dataset)):
         features, labels = pixel_features(model, dataset[place])
         for name, head in heads:
-            align = head.align_corners
+            decoder: Any = head
+            align = bool(decoder.align_corners)
             grid = labels_at(labels, *features[name].shape[2:], align_corners=align)
             rows, own_labels = _drawn(features[name], grid, head.classifier.ignore_index)
             fitters[name].add(rows, own_labels)

@@ -176,7 +176,8 @@ def compose(
 
 def coco_form(scenes: Sequence[Composed]) -> dict[str, list[dict[str, Any]]]:
     """The boxes of scenes as COCO's JSON has them; categories 0 to 9 are the digits."""
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for i, scene in enumerate(scenes):
         height, width = scene.image.shape[:2]
         name = f"{i:05d}.jpg"
