@@ -94,6 +94,7 @@ def write_scenes(root: Path, scenes: Scenes) -> None:
     second = (first + len(order)) // 2
     digits = {"train": order[:first], "val": order[first:second], "test": order[second:]}
     counts = {"train": scenes.num_train, "val": scenes.num_val, "test": scenes.num_test}
+    (made / "boxes").mkdir(parents=True)
     for number, (split, folder) in enumerate(FOLDERS.items()):
         pictures, annotations = (made / part / folder for part in ("images", "annotations"))
         pictures.mkdir(parents=True)
