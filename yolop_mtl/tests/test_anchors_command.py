@@ -71,7 +71,7 @@ def test_boxes_of_ones_own_data(tmp_path: Path) -> None:
     ]
     data = {"images": images, "annotations": boxes, "categories": [{"id": 1, "name": "van"}]}
     write_json(data, tmp_path / "annotations/train.json")
-    config = DataConfig(root=tmp_path, source="coco", img_size=(320, 640))
+    config = DataConfig(root=tmp_path, source="coco", classes="all", img_size=(320, 640))
     assert np.allclose(read_sizes(config)[:2], [[32, 16], [60.8, 28.8]])
     assert np.array(run_anchors(AnchorsConfig(data=config, num_steps=0))).shape == (3, 3, 2)
 
@@ -83,7 +83,9 @@ def test_wrong_input(tmp_path: Path) -> None:
     ):
         run_anchors(AnchorsConfig(data=DataConfig(root=tmp_path)))
     write_json([{"name": "a.jpg", "labels": []}], tmp_path / "labels/det_20/det_train.json")
-    with pytest.raises(ValueError, match="boxes: got 0 of 0 with sides of 2 pixels or more"):
+    with pytest.raises(
+        ValueError, match=r"data\.classes: got 'vehicle', of which 'train' has no box"
+    ):
         run_anchors(AnchorsConfig(data=DataConfig(root=tmp_path)))
     for fields, message in (
         ({"num_steps": -1}, "num_steps: got -1"),

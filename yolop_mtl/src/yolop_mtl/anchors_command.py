@@ -11,15 +11,12 @@ from rich.table import Table
 
 from shared_utils.checkpoint import write_text
 from shared_utils.errors import InputError
-from yolop_mtl import bdd100k, coco
-from yolop_mtl.anchors import AnchorFit, fit_anchors, letterboxed, measure_anchors
+from yolop_mtl.anchors import AnchorFit, fit_anchors, measure_anchors
+from yolop_mtl.assemble import box_sizes, load_split
 from yolop_mtl.boxes import COCO_ANCHORS
 from yolop_mtl.config import DataConfig
-from yolop_mtl.prepare_check import image_size
 from yolop_mtl.progress import show_progress
-from yolop_mtl.records import ALL_BDD_CLASSES, VEHICLE_CLASS, Classes, Record
-
-STRIDES = (8, 16, 32)
+from yolop_mtl.trunk import STRIDES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,9 +61,8 @@ def run_anchors(config: AnchorsConfig) -> list[list[list[float]]]:
     )
     usable = sizes[(sizes >= config.min_size).all(1)]
     height, width = config.data.img_size
-    # The released anchors were made for 640 pixels.
-    released = np.array(COCO_ANCHORS) * max(height, width) / 640
-    rows = {"fitted": np.array(anchors), "COCO (released network)": released}
+    # As --model.anchors coco trains with them: in the pixels they have, whatever the input's size.
+    rows = {"fitted": np.array(anchors), "COCO (released network)": np.array(COCO_ANCHORS)}
     fits = {name: measure_anchors(usable, own.reshape(-1, 2)) for name, own in rows.items()}
     console = Console()
     console.print(_table(rows, fits))
@@ -91,32 +87,20 @@ def run_anchors(config: AnchorsConfig) -> list[list[list[float]]]:
 def read_sizes(data: DataConfig) -> NDArray[np.float64]:
     """Width and height of the training boxes, (n, 2) pixels of the network's input.
 
-    Raises: MissingFileError; InputError where no image has its boxes labelled, or what the readers
-        find.
+    Raises: MissingFileError; InputError where no image has its boxes labelled, where none is of
+        the classes asked for, or what the readers find.
     """
-    records = _load_records(data)
+    records = load_split(data, data.train_split).records
     labelled = [record for record in records if record.boxes_xyxy is not None]
     if not labelled:
         got = f"no image of '{data.train_split}' in '{data.root}' with labelled boxes"
         raise InputError("data.root", got, "one or more", "add the labels of boxes")
-    sizes, images = [np.zeros((0, 2))], [np.zeros((0, 2))]
-    for record in show_progress(labelled, len(labelled), "image sizes read"):
-        boxes = record.boxes_xyxy
-        if boxes is not None and len(boxes):
-            height, width = image_size(record.image)
-            inside = boxes.astype(np.float64).clip(0, [width, height] * 2)
-            sizes.append(inside[:, 2:] - inside[:, :2])
-            images.append(np.repeat([[float(width), float(height)]], len(boxes), axis=0))
-    return letterboxed(np.concatenate(sizes), np.concatenate(images), data.img_size)
-
-
-def _load_records(data: DataConfig) -> list[Record]:
-    if data.source == "coco":
-        return coco.load_records(data.root, data.train_split)
-    members = VEHICLE_CLASS if data.classes == "vehicle" else ALL_BDD_CLASSES
-    classes = Classes(members, known=bdd100k.CATEGORIES)
-    # Boxes are clipped to their own image later on, whatever its size.
-    return bdd100k.load_records(data.root, data.train_split, classes, size=None)
+    shown = show_progress(labelled, len(labelled), "image sizes read")
+    sizes = box_sizes(shown, data.img_size)
+    if not len(sizes):
+        got = f"'{data.classes}', of which '{data.train_split}' has no box"
+        raise InputError("data.classes", got, "one or more", "give vehicle or all, or add boxes")
+    return sizes
 
 
 def _table(rows: dict[str, NDArray[np.float64]], fits: dict[str, AnchorFit]) -> Table:

@@ -1,6 +1,6 @@
 """From a configuration to data, network and losses: the one place where they meet."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -148,7 +148,7 @@ def choose_anchors(cfg: TrainConfig, records: Sequence[Record]) -> tuple[Anchors
     )
 
 
-def box_sizes(records: Sequence[Record], img_size: tuple[int, int]) -> Sizes:
+def box_sizes(records: Iterable[Record], img_size: tuple[int, int]) -> Sizes:
     """Width and height (n, 2) of all boxes in pixels of the network's input.
 
     Raises: InputError for an image that cannot be read.
@@ -156,9 +156,10 @@ def box_sizes(records: Sequence[Record], img_size: tuple[int, int]) -> Sizes:
     parts = []
     for record in records:
         if record.boxes_xyxy is not None and len(record.boxes_xyxy):
-            size = np.array([image_size(record.image)[::-1]], dtype=np.float64)
-            sides = record.boxes_xyxy[:, 2:].astype(np.float64) - record.boxes_xyxy[:, :2]
-            parts.append(letterboxed(sides, size, img_size))
+            height, width = image_size(record.image)
+            boxes = record.boxes_xyxy.astype(np.float64).clip(0, [width, height] * 2)
+            size = np.array([[width, height]], dtype=np.float64)
+            parts.append(letterboxed(boxes[:, 2:] - boxes[:, :2], size, img_size))
     return np.concatenate(parts) if parts else np.zeros((0, 2))
 
 

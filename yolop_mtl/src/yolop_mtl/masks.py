@@ -71,7 +71,7 @@ def read_mask(path: Path, kind: Kind, mask_format: str, *, classes: AreaClasses 
         return _areas(direct, alternative, classes)
     if values.ndim != 2:
         got = "x".join(map(str, values.shape))
-        do = "say --data.mask-format color, or give masks of one channel"
+        do = "say --data.drivable-format color (drivable masks alone), or give masks of one channel"
         raise InputError(f"{path}", f"pixels of {got}", f"one channel for '{mask_format}'", do)
     if mask_format == "binary":
         return (values > 0).astype(np.uint8)
