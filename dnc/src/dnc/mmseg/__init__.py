@@ -22,6 +22,7 @@ install_stand_in()
 repair_search()
 
 from dnc.mmseg.backbones import BackboneHook  # noqa: E402
+from dnc.mmseg.camvid import CamVid  # noqa: E402
 from dnc.mmseg.checkpoints import PlainCheckpointHook  # noqa: E402
 from dnc.mmseg.heads import (  # noqa: E402
     DNCASPPHead,
@@ -38,6 +39,7 @@ from dnc.mmseg.scenes import DigitScenes  # noqa: E402
 __all__ = [
     "BackboneHook",
     "Bf16OptimWrapper",
+    "CamVid",
     "CentroidHook",
     "DNCASPPHead",
     "DNCDepthwiseSeparableASPPHead",

@@ -1,0 +1,46 @@
+"""FCN with ResNet-18 on CamVid from random weights, softmax: the twin of camvid_fcn_r18.py.
+
+Trains: batch 8, 2000 iterations, crop 240 x 320.
+Command: dnc seg train dnc/configs/camvid_fcn_r18_softmax.py --data-root FOLDER
+Cost, and what it reaches: SEGMENTATION.md.
+"""
+
+_base_ = [
+    "mmseg::_base_/default_runtime.py",
+    "./_base_/camvid.py",
+    "./_base_/dnc.py",
+]
+
+norm_cfg = dict(type="BN", requires_grad=True)
+model = dict(
+    type="EncoderDecoder",
+    data_preprocessor={{_base_.data_preprocessor}},
+    backbone=dict(
+        type="ResNetV1c",
+        depth=18,
+        num_stages=4,
+        out_indices=(0, 1, 2, 3),
+        dilations=(1, 1, 1, 2),
+        strides=(1, 2, 2, 1),
+        norm_cfg=norm_cfg,
+        norm_eval=False,
+        style="pytorch",
+        contract_dilation=True,
+    ),
+    decode_head=dict(
+        type="FCNHead",
+        in_channels=[128, 512],
+        in_index=[1, 3],
+        input_transform="resize_concat",
+        channels=128,
+        num_convs=2,
+        concat_input=False,
+        dropout_ratio=0.1,
+        num_classes=11,
+        norm_cfg=norm_cfg,
+        align_corners=False,
+        loss_decode=dict(type="CrossEntropyLoss", use_sigmoid=False, avg_non_ignore=True),
+    ),
+    train_cfg=dict(),
+    test_cfg=dict(mode="whole"),
+)
