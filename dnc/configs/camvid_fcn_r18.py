@@ -1,6 +1,6 @@
-"""FCN with ResNet-18 on CamVid from random weights, under 10 sub-centroids per class.
+"""FCN with half of ResNet-18's width on CamVid, under 10 sub-centroids per class.
 
-Trains: batch 8, 2000 iterations, crop 240 x 320.
+Trains: batch 8, 1500 iterations, crop 192 x 256.
 Command: dnc seg train dnc/configs/camvid_fcn_r18.py --data-root FOLDER
 Cost, and what it reaches: SEGMENTATION.md.
 """

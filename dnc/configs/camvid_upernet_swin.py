@@ -1,6 +1,6 @@
-"""UPerNet with a small Swin on CamVid from random weights, under 10 sub-centroids per class.
+"""UPerNet with a small Swin on CamVid, under 10 sub-centroids per class.
 
-Trains: batch 8, 2000 iterations, crop 240 x 320.
+Trains: batch 8, 1500 iterations, crop 192 x 256.
 Command: dnc seg train dnc/configs/camvid_upernet_swin.py --data-root FOLDER
 Cost, and what it reaches: SEGMENTATION.md.
 """

@@ -9,6 +9,7 @@ custom_hooks = [
     dict(type="PlainCheckpointHook"),
 ]
 data_root = "runs/data/digitscenes"
+scene_size = (128, 128)
 max_epochs = 12
 channels = 64
 
@@ -36,11 +37,13 @@ model = dict(
 
 train_pipeline = [
     dict(type="LoadImageFromFile"),
+    dict(type="Resize", scale=scene_size, keep_ratio=True),
     dict(type="LoadAnnotations", with_bbox=True),
     dict(type="PackDetInputs"),
 ]
 test_pipeline = [
     dict(type="LoadImageFromFile"),
+    dict(type="Resize", scale=scene_size, keep_ratio=True),
     dict(type="LoadAnnotations", with_bbox=True),
     dict(
         type="PackDetInputs",

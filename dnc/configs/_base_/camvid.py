@@ -5,8 +5,8 @@ Nothing is chosen by the validation images: the last iteration is the result.
 
 data_root = "data/camvid"
 img_suffix = ".png"
-crop_size = (240, 320)
-max_iters = 2000
+crop_size = (192, 256)
+max_iters = 1500
 
 data_preprocessor = dict(
     type="SegDataPreProcessor",
@@ -20,7 +20,7 @@ data_preprocessor = dict(
 train_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="LoadAnnotations"),
-    dict(type="RandomResize", scale=(480, 360), ratio_range=(0.6, 1.6), keep_ratio=True),
+    dict(type="RandomResize", scale=(480, 360), ratio_range=(0.5, 1.5), keep_ratio=True),
     dict(type="RandomCrop", crop_size=crop_size, cat_max_ratio=0.75),
     dict(type="RandomFlip", prob=0.5),
     dict(type="PhotoMetricDistortion"),
@@ -60,6 +60,13 @@ test_dataloader = val_dataloader
 val_evaluator = dict(type="IoUMetric", iou_metrics=["mIoU"])
 test_evaluator = val_evaluator
 
+custom_imports = dict(imports=["dnc.mmseg"], allow_failed_imports=False)
+custom_hooks = [
+    dict(type="CentroidHook"),
+    dict(type="RandomStateHook"),
+    dict(type="PlainCheckpointHook"),
+    dict(type="ChannelsLastHook"),
+]
 optim_wrapper = dict(
     type="Bf16OptimWrapper",
     only_if_fast=True,

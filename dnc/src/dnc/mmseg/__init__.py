@@ -33,7 +33,7 @@ from dnc.mmseg.heads import (  # noqa: E402
 )
 from dnc.mmseg.hooks import CentroidHook  # noqa: E402
 from dnc.mmseg.interrupts import InterruptHook, RandomStateHook  # noqa: E402
-from dnc.mmseg.precision import Bf16OptimWrapper  # noqa: E402
+from dnc.mmseg.precision import Bf16OptimWrapper, ChannelsLastHook  # noqa: E402
 from dnc.mmseg.scenes import DigitScenes  # noqa: E402
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "Bf16OptimWrapper",
     "CamVid",
     "CentroidHook",
+    "ChannelsLastHook",
     "DNCASPPHead",
     "DNCDepthwiseSeparableASPPHead",
     "DNCFCNHead",
