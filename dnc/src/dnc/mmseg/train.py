@@ -132,7 +132,9 @@ def prepare(cfg: Any, run: SegRun, launcher: str, seed: int) -> None:
     cfg.setdefault("randomness", {})
     cfg.randomness["seed"] = seed
     if not torch.cuda.is_available() and launcher != "none":
-        cfg.model_wrapper_cfg = {"type": "MMDistributedDataParallel", "broadcast_buffers": False}
+        # mmengine would name a GPU in device_ids.
+        wrapper = {"type": "MMDistributedDataParallel", "broadcast_buffers": False}
+        cfg.model_wrapper_cfg = {**wrapper, "device_ids": None}
     if run.amp:
         kind = cfg.optim_wrapper.get("type", "OptimWrapper")
         if kind == "OptimWrapper":
