@@ -1,4 +1,4 @@
-"""FCN with half of ResNet-18's width on CamVid, under 10 sub-centroids per class.
+"""FCN with half of ResNet-18's width on CamVid, under 3 sub-centroids per class.
 
 Trains: batch 8, 1500 iterations, crop 192 x 256.
 Command: dnc seg train dnc/configs/camvid_fcn_r18.py --data-root FOLDER
@@ -7,7 +7,5 @@ Cost, and what it reaches: SEGMENTATION.md.
 
 _base_ = "./camvid_fcn_r18_softmax.py"
 
-# From random weights: sub-centroids that move at once follow features that tell nothing yet apart.
-model = dict(
-    decode_head=dict(type="DNCFCNHead", num_centroids=10, centroids=dict(warm_start=False))
-)
+# Without a warm start, as in digitscenes_fcn.py, which starts from random weights too.
+model = dict(decode_head=dict(type="DNCFCNHead", num_centroids=3, centroids=dict(warm_start=False)))

@@ -1,6 +1,8 @@
 """CamVid, 367 images for training and 101 for validation, and a schedule that two cores can do.
 
-Nothing is chosen by the validation images: the last iteration is the result.
+Nothing is chosen by the validation images: the last iteration is the result. The rate, the same for
+softmax, and 3 sub-centroids instead of 10 were chosen in runs of 300 iterations that left out one of
+the training images' three sequences (0006R0) to look at.
 """
 
 data_root = "data/camvid"
@@ -70,7 +72,7 @@ custom_hooks = [
 optim_wrapper = dict(
     type="Bf16OptimWrapper",
     only_if_fast=True,
-    optimizer=dict(type="AdamW", lr=1e-3, weight_decay=0.05),
+    optimizer=dict(type="AdamW", lr=3e-3, weight_decay=0.05),
     paramwise_cfg=dict(norm_decay_mult=0.0, bias_decay_mult=0.0),
     clip_grad=dict(max_norm=5.0),
 )
