@@ -1,8 +1,8 @@
 """CamVid, 367 images for training and 101 for validation, and a schedule that two cores can do.
 
-Nothing is chosen by the validation images: the last iteration is the result. The rate, the same for
-softmax, and 3 sub-centroids instead of 10 were chosen in runs of 300 iterations that left out one of
-the training images' three sequences (0006R0) to look at.
+Nothing is chosen by the validation images: the last iteration is the result. The rate, which
+softmax has too, and 3 sub-centroids instead of 10 were chosen in runs of 300 iterations that left
+out one of the training images' three sequences (0006R0) to look at.
 """
 
 data_root = "data/camvid"
