@@ -132,6 +132,10 @@ def predict(cfg: PredictConfig) -> Path:
             bridge_dashes=cfg.bridge_dashes,
             compile=cfg.compile,
         )
+        wanted = cfg.runs_dir / "yolop_mtl" / cfg.name
+        if cfg.name and not cfg.overwrite and wanted.exists() and any(wanted.iterdir()):
+            got, do = f"{cfg.name}, which exists as {wanted}", "use --overwrite to replace it"
+            raise InputError("--name", got, "a new name", do)
         folder = open_run(
             "yolop_mtl", "predict", runs_dir=cfg.runs_dir, name=cfg.name, overwrite=cfg.overwrite
         )
@@ -213,7 +217,8 @@ def _is_quit(outputs: Outputs) -> bool:
 
 
 def _report(source: Source, outputs: Outputs, meter: Meter, dropped: int) -> None:
-    what = "frames" if source.is_video else "images"
+    what = "frame" if source.is_video else "image"
+    what += "s" * (outputs.count != 1)
     parts = [f"{outputs.count} {what}, {meter.rate:.1f} per second, in {outputs.folder}"]
     if source.broken:
         parts.append(f"{source.broken} broken ones left out")

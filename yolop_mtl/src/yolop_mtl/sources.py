@@ -20,7 +20,7 @@ from av.error import FFmpegError
 from shared_utils.errors import InputError, MissingFileError
 from yolop_mtl.geometry import Pixels
 from yolop_mtl.samples import read_image
-from yolop_mtl.video import USUAL_RATE, Facts, VideoReader
+from yolop_mtl.video import USUAL_RATE, Facts, VideoReader, without_password
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp")
 FIRST_WAIT, LONGEST_WAIT = 1.0, 30.0  # seconds before a stream is opened again
@@ -290,7 +290,7 @@ def open_source(text: str, *, retries: int = 5, say: Say) -> Source:
 
 def _open_address(address: str, retries: int, say: Say) -> Source:
     """A stream, or a video that has an end and is read as a file is."""
-    shown = re.sub(r"//[^/@]*@", "//", address)  # without name and password
+    shown = without_password(address)
     name = Path(re.sub(r"[^\w.-]+", "-", shown).strip("-.")[:100] + ".mp4")
     reader = VideoReader(address)
     if reader.facts.total is not None:

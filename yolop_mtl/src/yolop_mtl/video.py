@@ -1,5 +1,6 @@
 """Writing H.264 in MP4, and reading frames of any video, through PyAV."""
 
+import re
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -49,15 +50,16 @@ class VideoReader:
         """
         options = {"rtsp_transport": "tcp"} if address.startswith("rtsp") else {}
         limits = (OPEN_SECONDS, READ_SECONDS)
+        shown = without_password(address)
         expected, do = "a video", "check it, e.g. by playing it"
         try:
             self._container: Any = av.open(address, options=options, timeout=limits)
         except (FFmpegError, OSError, ValueError) as error:
             got = f"what cannot be opened ({_reason(error)})"
-            raise InputError(address, got, expected, do) from error
+            raise InputError(shown, got, expected, do) from error
         if not self._container.streams.video:
             self._container.close()
-            raise InputError(address, "no video in it", expected, do)
+            raise InputError(shown, "no video in it", expected, do)
         self._stream = self._container.streams.video[0]
         self._stream.thread_type = "AUTO"
         rate = float(self._stream.average_rate or self._stream.guessed_rate or USUAL_RATE)
@@ -92,6 +94,11 @@ class VideoReader:
     def close(self) -> None:
         """Let go of the file or the connection."""
         self._container.close()
+
+
+def without_password(address: str) -> str:
+    """An address as it may be shown: without the user's name and password."""
+    return re.sub(r"//[^/@]*@", "//", address)
 
 
 def upright(frame: Any) -> Pixels:
