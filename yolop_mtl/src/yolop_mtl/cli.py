@@ -31,6 +31,13 @@ def _val(argv: Sequence[str]) -> None:
         print(f"{name} {value:.4f}")
 
 
+def _predict(argv: Sequence[str]) -> None:
+    from yolop_mtl.predict import PredictConfig, predict
+
+    about = PredictConfig.__doc__ or ""
+    predict(parse(PredictConfig, argv, prog="yolop-mtl predict", about=about))
+
+
 def _synth(argv: Sequence[str]) -> None:
     from yolop_mtl.synth import SynthConfig, generate
 
@@ -54,6 +61,7 @@ def _anchors(argv: Sequence[str]) -> None:
 COMMANDS: Mapping[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "train": (_train, "train the network on one to three tasks"),
     "val": (_val, "measure a run again, or on other data: strict and legacy figures"),
+    "predict": (_predict, "draw what is found into images, a video or what a camera sees"),
     "synth": (_synth, "generate driving scenes in BDD100K's form"),
     "prepare": (_prepare, "check labels, convert them, draw lane masks from polygons"),
     "anchors": (_anchors, "fit anchors to the boxes of a data set"),
