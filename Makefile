@@ -235,16 +235,26 @@ $(STAMPS)/shared_utils: shared_utils/pyproject.toml $(STAMPS)/torch
 	@$(UV_INSTALL) --constraint $(TORCH_CONSTRAINTS) --editable ./shared_utils
 	@touch $@
 
-$(STAMPS)/e2vpt $(STAMPS)/yolop_mtl: $(STAMPS)/%: %/pyproject.toml $(STAMPS)/shared_utils
-	@echo '==> installing $*'
-	@$(UV_INSTALL) --constraint $(TORCH_CONSTRAINTS) --editable ./shared_utils --editable ./$*
+$(STAMPS)/e2vpt: e2vpt/pyproject.toml $(STAMPS)/shared_utils
+	@echo '==> installing e2vpt'
+	@$(UV_INSTALL) --constraint $(TORCH_CONSTRAINTS) --editable ./shared_utils --editable ./e2vpt
 	@touch $@
 
-# With mmsegmentation: nothing of it is compiled. mmengine asks for opencv-python, which needs
-# libraries of a desktop; the same module without windows takes its place.
+# trackers, as mmengine below, asks for opencv-python, which needs libraries of a desktop; the same
+# module without windows takes its place.
+NO_DESKTOP = echo "opencv-python; python_version < '3'" > $(STAMPS)/overrides.txt
+
+$(STAMPS)/yolop_mtl: yolop_mtl/pyproject.toml $(STAMPS)/shared_utils
+	@echo '==> installing yolop_mtl[track]'
+	@$(NO_DESKTOP)
+	@$(UV_INSTALL) --constraint $(TORCH_CONSTRAINTS) --override $(STAMPS)/overrides.txt \
+		--editable ./shared_utils --editable './yolop_mtl[track]'
+	@touch $@
+
+# With mmsegmentation: nothing of it is compiled.
 $(STAMPS)/dnc: dnc/pyproject.toml $(STAMPS)/shared_utils
 	@echo '==> installing dnc[mmseg]'
-	@echo "opencv-python; python_version < '3'" > $(STAMPS)/overrides.txt
+	@$(NO_DESKTOP)
 	@$(UV_INSTALL) --constraint $(TORCH_CONSTRAINTS) --override $(STAMPS)/overrides.txt \
 		--editable ./shared_utils --editable './dnc[mmseg]'
 	@touch $@
@@ -253,7 +263,7 @@ $(STAMPS)/dnc: dnc/pyproject.toml $(STAMPS)/shared_utils
 # the wheel. Its own setup asks for a GPU compiler only where torch finds a GPU.
 $(STAMPS)/mmdet: dnc/pyproject.toml $(STAMPS)/shared_utils
 	@echo '==> building mmcv (minutes; uv keeps the wheel), installing dnc[mmdet]'
-	@echo "opencv-python; python_version < '3'" > $(STAMPS)/overrides.txt
+	@$(NO_DESKTOP)
 	@sed '/^mmcv-lite==/d' $(TORCH_CONSTRAINTS) > $(STAMPS)/constraints-mmdet.txt
 	@$(UV_INSTALL) --constraint $(STAMPS)/constraints-mmdet.txt setuptools wheel ninja psutil pytest
 	@MMCV_WITH_OPS=1 PATH="$$(pwd -P)/$(BIN):$$PATH" $(UV_INSTALL) \

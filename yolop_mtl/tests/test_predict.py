@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from yolop_mtl import predict as command
+from yolop_mtl import predictor
 from yolop_mtl.cli import main
 from yolop_mtl.outputs import Outputs
 from yolop_mtl.sources import Frame, Source
@@ -67,6 +68,18 @@ class Fake(Source):
     def close(self) -> None:
         super().close()
         self.is_closed = True
+
+
+def test_without_weights_it_says_what_the_shipped_ones_know(
+    network: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(predictor, "SHIPPED", network)  # an absolute path wins over joining
+    Image.fromarray(scene(0)).save(tmp_path / "street.png")
+    argv = ["predict", str(tmp_path / "street.png"), "--device", "cpu", "--name", "x"]
+    assert main([*argv, "--runs-dir", str(tmp_path)]) == 0
+    told = capsys.readouterr().out
+    assert "these weights know generated scenes only" in told
+    assert "yolop-mtl import-weights" in told
 
 
 def test_one_image(run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -144,7 +157,6 @@ def test_max_frames_and_no_overlay(run: Any, tmp_path: Path) -> None:
 
 
 def test_tracks_are_in_the_results(run: Any, tmp_path: Path) -> None:
-    pytest.importorskip("trackers")
     path = make_video(tmp_path / "drive.mp4", 5)
     status, folder = run(path, "--track", "--conf", "0.001")
     assert status == 0

@@ -21,7 +21,6 @@ def result(*boxes: tuple[float, float, float, float], scores: tuple[float, ...] 
 
 
 def test_numbers_stay_with_vehicles_whatever_the_order() -> None:
-    pytest.importorskip("trackers")
     tracker = Tracker(rate=10, conf=0.3)
     seen: list[tuple[int, int]] = []
     for step in range(12):
@@ -42,7 +41,6 @@ def test_numbers_stay_with_vehicles_whatever_the_order() -> None:
 
 
 def test_frames_without_vehicles() -> None:
-    pytest.importorskip("trackers")
     tracker = Tracker(rate=10, conf=0.3)
     for _ in range(3):
         found = tracker.update(result())
@@ -57,6 +55,6 @@ def test_frames_without_vehicles() -> None:
 @pytest.mark.parametrize("missing", ["supervision", "trackers"])
 def test_without_the_libraries(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, missing, None)
-    message = r"track: got no .*, expected supervision and trackers; run: uv pip install sup"
+    message = r"track: got no .*, expected supervision and trackers.*; run: uv pip inst"
     with pytest.raises(InputError, match=message):
         Tracker(rate=30, conf=0.3)

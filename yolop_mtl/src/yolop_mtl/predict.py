@@ -28,6 +28,10 @@ from yolop_mtl.tracking import Tracker
 DEPTH = 2  # batches that wait before the network, and behind it
 QUIT_KEYS = (ord("q"), 27)  # 27 is Esc
 WINDOW = "yolop-mtl"
+SHIPPED_NOTE = (
+    "these weights know generated scenes only; for real roads take --weights RUN or FILE, trained "
+    "on BDD100K or your data, or what `yolop-mtl import-weights` made"
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,6 @@ from yolop_mtl.geometry import Letterbox, Pixels, fit, fit_long_side
 from yolop_mtl.model import MAX_STRIDE, YOLOPv2, fuse
 from yolop_mtl.pixels import Picture, to_rgb
 from yolop_mtl.postprocess import detect, native_detections, native_drivable, native_lane
-from yolop_mtl.progress import say
 from yolop_mtl.result import Result
 
 __all__ = ["Picture", "Predictor", "Result", "load"]
@@ -36,10 +35,6 @@ LOWER: dict[str, torch.dtype | None] = {
     "16-mixed": torch.float16,
 }
 SHIPPED = "assets/nano"  # in the package
-SHIPPED_NOTE = (
-    "these weights know generated scenes only; for real roads take --weights RUN or FILE, trained "
-    "on BDD100K or your data, or what `yolop-mtl import-weights` made"
-)
 
 
 class Predictor:
@@ -235,7 +230,7 @@ def load(
     Args:
         source: run folder, another folder with model.safetensors and model.json, or the path of
             model.safetensors. None: the small network that comes with the package, trained on
-            generated scenes only, which is said in a line on the standard output.
+            generated scenes only.
         device: auto (a GPU where there is one), cpu, cuda, cuda:1 ...
         precision: 32-true, bf16-mixed or 16-mixed (autocast).
         img_size: (H, W) of the network's input, multiples of 32; or its longer side alone, when the
@@ -252,7 +247,7 @@ def load(
     chosen = choose_device(device)
     deployed = model_io.load(_shipped() if source is None else Path(source))
     size, long_side = _input_size(img_size, deployed.img_size)
-    predictor = Predictor(
+    return Predictor(
         deployed.model,
         class_names=deployed.class_names,
         img_size=size,
@@ -265,9 +260,6 @@ def load(
         bridge_dashes=bridge_dashes,
         compile=compile,
     )
-    if source is None:
-        say(SHIPPED_NOTE)
-    return predictor
 
 
 def choose_device(name: str) -> torch.device:

@@ -27,9 +27,8 @@ class Tracker:
             import supervision
             from trackers import ByteTrackTracker
         except ImportError as error:
-            # With its dependencies trackers would replace the headless OpenCV, see pyproject.toml.
-            do = "run: uv pip install supervision; uv pip install --no-deps trackers"
-            expected = "supervision and trackers"
+            expected = "supervision and trackers, the extra 'track'"
+            do = "run: uv pip install supervision trackers"
             raise InputError("track", f"no {error.name}", expected, do) from error
         self._detections = supervision.Detections
         self._tracker = ByteTrackTracker(
