@@ -136,6 +136,8 @@ def predict(cfg: PredictConfig) -> Path:
             bridge_dashes=cfg.bridge_dashes,
             compile=cfg.compile,
         )
+        if not cfg.weights:
+            say(SHIPPED_NOTE)
         wanted = cfg.runs_dir / "yolop_mtl" / cfg.name
         if cfg.name and not cfg.overwrite and wanted.exists() and any(wanted.iterdir()):
             got, do = f"{cfg.name}, which exists as {wanted}", "use --overwrite to replace it"
