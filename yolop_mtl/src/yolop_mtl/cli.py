@@ -26,9 +26,7 @@ def _train(argv: Sequence[str]) -> None:
 def _val(argv: Sequence[str]) -> None:
     from yolop_mtl.val import ValConfig, val
 
-    cfg = parse(ValConfig, argv, prog="yolop-mtl val", about=ValConfig.__doc__ or "")
-    for name, value in val(cfg).items():
-        print(f"{name} {value:.4f}")
+    val(parse(ValConfig, argv, prog="yolop-mtl val", about=ValConfig.__doc__ or ""))
 
 
 def _synth(argv: Sequence[str]) -> None:
@@ -53,7 +51,7 @@ def _anchors(argv: Sequence[str]) -> None:
 
 COMMANDS: Mapping[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "train": (_train, "train the network on one to three tasks"),
-    "val": (_val, "measure a run again, or on other data: strict and legacy figures"),
+    "val": (_val, "measure a network: strict and legacy figures, conditions, curves, speed"),
     "synth": (_synth, "generate driving scenes in BDD100K's form"),
     "prepare": (_prepare, "check labels, convert them, draw lane masks from polygons"),
     "anchors": (_anchors, "fit anchors to the boxes of a data set"),
