@@ -15,6 +15,7 @@ class Clock:
         """Start; work queued on `device` is waited for at every reading."""
         self.device = torch.device(device)
         self._sums: dict[str, float] = {}
+        self._first: dict[str, float] = {}
         self._images = self._batches = 0
         self._last = self._now()
 
