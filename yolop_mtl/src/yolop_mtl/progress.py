@@ -27,3 +27,8 @@ def show_progress(items: Iterable[T], total: int, what: str) -> Iterator[T]:
                 left = (now - start) / done * (total - done)
                 text = f"{what} {done}/{total}, {left:.0f} s left"
                 console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def say(text: str) -> None:
+    """One line for the person at the terminal."""
+    Console().print(text, markup=False, highlight=False, soft_wrap=True)
