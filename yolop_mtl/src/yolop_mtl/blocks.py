@@ -74,6 +74,19 @@ class Deconv(nn.Module):
             self.norm = None
 
 
+class Upconv(nn.Module):
+    """Nearest-neighbour doubling and a 3x3 convolution, in the place of `Deconv`."""
+
+    def __init__(self, in_chans: int, out_chans: int) -> None:
+        """Build."""
+        super().__init__()
+        self.conv = Conv(in_chans, out_chans, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C', 2H, 2W)."""
+        return cast(Tensor, self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest")))
+
+
 class RepConv(nn.Module):
     """A 3x3 and a 1x1 convolution side by side, each with its norm, summed, SiLU.
 

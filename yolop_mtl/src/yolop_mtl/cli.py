@@ -49,9 +49,24 @@ def _anchors(argv: Sequence[str]) -> None:
     run_anchors(parse(AnchorsConfig, argv, prog="yolop-mtl anchors", about=about))
 
 
+def _ablate(argv: Sequence[str]) -> None:
+    from yolop_mtl.ablate import AblateConfig, ablate
+
+    ablate(parse(AblateConfig, argv, prog="yolop-mtl ablate", about=AblateConfig.__doc__ or ""))
+
+
+def _benchmark(argv: Sequence[str]) -> None:
+    from yolop_mtl.benchmark import BenchmarkConfig, benchmark
+
+    about = BenchmarkConfig.__doc__ or ""
+    benchmark(parse(BenchmarkConfig, argv, prog="yolop-mtl benchmark", about=about))
+
+
 COMMANDS: Mapping[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "train": (_train, "train the network on one to three tasks"),
     "val": (_val, "measure a network: strict and legacy figures, conditions, curves, speed"),
+    "benchmark": (_benchmark, "time the network and what is around it on this machine"),
+    "ablate": (_ablate, "train the paper's ablation over seeds, with a table"),
     "synth": (_synth, "generate driving scenes in BDD100K's form"),
     "prepare": (_prepare, "check labels, convert them, draw lane masks from polygons"),
     "anchors": (_anchors, "fit anchors to the boxes of a data set"),

@@ -10,7 +10,7 @@ import torch
 import tyro
 
 from shared_utils.config import load_json
-from shared_utils.errors import InputError, MissingFileError
+from shared_utils.errors import InputError
 from yolop_mtl import model_io, processes
 from yolop_mtl.assemble import labelled_tasks, load_split
 from yolop_mtl.clock import Clock
@@ -37,7 +37,8 @@ class ValConfig:
     """
 
     run: tyro.conf.Positional[Path]
-    """run folder of `yolop-mtl train`, or a folder or file of model.safetensors"""
+    """run folder of `yolop-mtl train`, another folder with model.safetensors and model.json, or the
+    path of model.safetensors"""
     out: str = ""
     """folder for figures and curves (default: val-SPLIT-TIME beside the weights)"""
     overwrite: bool = False
@@ -111,8 +112,8 @@ def val(cfg: ValConfig) -> Validation:
 
     Raises: InputError where network, data or folder are not what they should be.
     """
-    weights = find_weights(cfg.run)
-    deployed = model_io.load(weights)
+    deployed = model_io.load(cfg.run)
+    weights = cfg.run.parent if cfg.run.is_file() else cfg.run
     data = _describe_data(cfg, weights, deployed)
     name = cfg.split or data.val_split
     folder = _check_folder(cfg, weights, name)
@@ -156,22 +157,6 @@ def val(cfg: ValConfig) -> Validation:
         write_files(cfg, fabric, data, name, result)
         show_tables(result)
     return result
-
-
-def find_weights(run: Path) -> Path:
-    """The folder that holds the weights which `run` names, itself or a file in it.
-
-    Raises: MissingFileError; InputError for another file.
-    """
-    if not run.exists():
-        expected = f"a run folder, or a folder or file of {model_io.WEIGHTS}"
-        raise MissingFileError(str(run), "no such file or folder", expected, "check the path")
-    if run.is_dir():
-        return run
-    if run.name != model_io.WEIGHTS:
-        do = f"name the folder, or the {model_io.WEIGHTS} beside its {model_io.CARD}"
-        raise InputError(str(run), "another file", model_io.WEIGHTS, do)
-    return run.parent
 
 
 def as_numbered(
