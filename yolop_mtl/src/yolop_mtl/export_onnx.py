@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from yolop_mtl.export_graph import INPUT, Deployable, Shape, record
+from yolop_mtl.export_graph import INPUT, Shape
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -18,17 +18,17 @@ FOUND = ("num_detections", "boxes", "scores", "labels")
 ALL = {"boxes": "all_boxes", "scores": "all_scores"}  # names of what suppression takes
 
 # The best class of every box, one suppression per class and image, then the best boxes of all
-# classes. `conf` and `iou` are inputs with a value, which a user may replace at run time.
+# classes. Rows are added at the end, so that there are max_det even of a small image.
 SUPPRESSION = """
 <ir_version: {ir_version}, opset_import: ["": {opset}]>
 suppression (
-  float[batch, num_predictions, 4] all_boxes, float[batch, num_predictions, num_classes] all_scores,
-  float[1] conf = {{{conf}}}, float[1] iou = {{{iou}}}
+  float[batch, num_predictions, 4] all_boxes, float[batch, num_predictions, num_classes] all_scores
 ) => (
   int64[batch] num_detections, float[batch, {max_det}, 4] boxes, float[batch, {max_det}] scores,
   int64[batch, {max_det}] labels
 )
 <
+  float[1] conf = {{{conf}}}, float[1] iou = {{{iou}}},
   int64[1] nms_max_det = {{{max_det}}}, int64[1] nms_0 = {{0}}, int64[1] nms_1 = {{1}},
   int64[1] nms_2 = {{2}}, int64 nms_from = {{0}}, int64 nms_step = {{1}},
   int64[2] nms_image_and_box = {{0, 2}}, int64[3] nms_sides = {{1, 1, 4}},
@@ -94,7 +94,6 @@ class Suppression:
 
 
 def convert(
-    graph: Deployable,
     program: torch.export.ExportedProgram,
     names: Sequence[str],
     shape: Shape,
@@ -104,8 +103,7 @@ def convert(
     """The recorded graph as ONNX.
 
     Args:
-        graph: what was recorded.
-        program: its record.
+        program: of `export_graph.record`.
         names: of its outputs.
         shape: of its input.
         keeps_names: else boxes and scores get the names that suppression takes them by.
@@ -126,7 +124,7 @@ def convert(
     if made is None:
         raise RuntimeError("torch.onnx.export gave no program")
     proto = made.model_proto
-    _name_dims(proto, shape)
+    _name_dims(proto)
     return proto
 
 
@@ -141,23 +139,28 @@ def with_suppression(proto: "ModelProto", how: Suppression) -> "ModelProto":
         iou=repr(how.iou),
         max_det=how.max_det,
     )
+    tail = parser.parse_model(text)
     names = list(ALL.values())
-    others = [x.name for x in proto.graph.output if x.name not in names]
-    return compose.merge_models(
-        proto,
-        parser.parse_model(text),
-        io_map=[(name, name) for name in names],
-        outputs=[*FOUND, *others],
-    )
+    merged = compose.merge_models(proto, tail, io_map=[(name, name) for name in names])
+    others = [x for x in proto.graph.output if x.name not in names]
+    del merged.graph.output[:]
+    merged.graph.output.extend([*tail.graph.output, *others])
+    return merged
 
 
 def widened(proto: "ModelProto", plain: "ModelProto") -> "ModelProto":
-    """A copy that also gives all boxes and scores, which suppression took; for its check."""
-    from onnx import ModelProto
+    """A copy to check suppression by: it also gives all boxes and scores, and takes `conf`.
+
+    Args:
+        proto: of `with_suppression`.
+        plain: what it was made of.
+    """
+    from onnx import ModelProto, TensorProto, helper
 
     copy = ModelProto()
     copy.CopyFrom(proto)
     copy.graph.output.extend(x for x in plain.graph.output if x.name in ALL.values())
+    copy.graph.input.append(helper.make_tensor_value_info("conf", TensorProto.FLOAT, [1]))
     return copy
 
 
@@ -168,10 +171,11 @@ def put_facts(proto: "ModelProto", facts: Mapping[str, Any]) -> None:
     helper.set_model_props(proto, {key: json.dumps(value) for key, value in facts.items()})
 
 
-def _name_dims(proto: "ModelProto", shape: Shape) -> None:
+def _name_dims(proto: "ModelProto") -> None:
     """Give free dimensions of input and outputs names that a person understands."""
     found = [dim.dim_param for dim in proto.graph.input[0].type.tensor_type.shape.dim]
-    names = dict(zip(found, ("batch", "", "height", "width"), strict=True))
+    named = zip(found, ("batch", "channels", "height", "width"), strict=True)
+    names = {symbol: name for symbol, name in named if symbol}
     for value in (*proto.graph.input, *proto.graph.output):
         for place, dim in enumerate(value.type.tensor_type.shape.dim):
             if dim.dim_param in names:
