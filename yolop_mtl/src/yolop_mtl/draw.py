@@ -87,7 +87,7 @@ def overlay(
         for text, mask, color in (("drivable area", drivable, DRIVABLE), ("lane", lane, LANE)):
             if mask is not None:
                 label = _label(text, color, size)
-                _tag(pixels, (0, top, top), label)
+                _paste(pixels, (0, top), label)
                 top += label.shape[0]
     return pixels
 
@@ -152,7 +152,13 @@ def _tag(pixels: Pixels, place: tuple[int, int, int], label: Pixels) -> None:
     height, width = label.shape[:2]
     x = max(0, min(x1, pixels.shape[1] - width))
     y = max(0, y1 - height if y1 >= height else min(y2, pixels.shape[0] - height))
-    target = pixels[y : y + height, x : x + width]
+    _paste(pixels, (x, y), label)
+
+
+def _paste(pixels: Pixels, place: tuple[int, int], label: Pixels) -> None:
+    """A label with its upper left corner at x, y, in place; what does not fit is cut off."""
+    x, y = place
+    target = pixels[y : y + label.shape[0], x : x + label.shape[1]]
     target[:] = label[: target.shape[0], : target.shape[1]]
 
 

@@ -90,7 +90,8 @@ class Predictor:
         self.device = torch.device(device)
         fused = cast(YOLOPv2, fuse(model.eval(), completely=True))
         fused.requires_grad_(False)
-        self.model = fused.to(self.device, memory_format=torch.channels_last)
+        # Not in the types of Module.to.
+        self.model = fused.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._lower = LOWER[precision]
         if self._lower is not None:
             _lower_kernels(self.model, self._lower)
