@@ -85,12 +85,14 @@ else
 		-m yolop_mtl train $(or $(RECIPE),synthetic) $(ARGS)
 endif
 
-.PHONY: bench bench-e2vpt bench-dnc
-bench: bench-e2vpt bench-dnc ## all benchmarks; each writes bench/NAME.json and prints its table
+.PHONY: bench bench-e2vpt bench-dnc bench-drive
+bench: bench-e2vpt bench-dnc bench-drive ## all benchmarks; each writes bench/NAME.json and prints its table
 bench-e2vpt: $(STAMPS)/e2vpt ## E2VPT against full fine-tuning and the plain backbone
 	$(BIN)/e2vpt bench $(ARGS)
 bench-dnc: $(STAMPS)/dnc ## DNC against softmax and a loop over classes
 	$(BIN)/dnc bench --segmentation $(ARGS)
+bench-drive: $(STAMPS)/yolop_mtl ## YOLOPv2's latency, share of the machine's peak, prediction, loading
+	$(BIN)/yolop-mtl benchmark $(ARGS)
 
 ## tests and checks ---------------------------------------------------------------------------
 

@@ -66,7 +66,11 @@ def test_the_rows_of_the_paper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     none, mosaic, deconv, focal = trainer.made[::2]
     assert all(cfg.optim.epochs == 60 for cfg in trainer.made)
     assert (none.augment.mosaic, none.augment.mixup, none.augment.close_mosaic) == (0, 0, 0)
-    assert (mosaic.augment.mosaic, mosaic.augment.mixup, mosaic.augment.close_mosaic) == (1, 0.15, 3)
+    assert (mosaic.augment.mosaic, mosaic.augment.mixup, mosaic.augment.close_mosaic) == (
+        1,
+        0.15,
+        3,
+    )
     assert mosaic.augment.scale == none.augment.scale == SYNTHETIC.augment.scale
     ways = [cfg.model.lane_upsample for cfg in (none, mosaic, deconv, focal)]
     assert ways == ["nearest", "nearest", "deconv", "deconv"]
@@ -119,7 +123,9 @@ def test_a_run_of_another_configuration_is_not_taken(
 ) -> None:
     monkeypatch.setattr(module, "train", Trainer())
     ablate(configure(tmp_path, "--seeds", "1"))
-    with pytest.raises(ValueError, match=r"optim\.epochs: got .*-none-seed0 with 16, expected 4; ta"):
+    with pytest.raises(
+        ValueError, match=r"optim\.epochs: got .*-none-seed0 with 16, expected 4; ta"
+    ):
         ablate(configure(tmp_path, "--seeds", "1", "--optim.epochs", "4"))
 
 

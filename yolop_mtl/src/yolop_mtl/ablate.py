@@ -24,7 +24,7 @@ from shared_utils import checkpoint
 from shared_utils.config import load_json, to_dict
 from shared_utils.errors import InputError, Interrupted
 from yolop_mtl.augment_config import AugmentConfig
-from yolop_mtl.config import TrainConfig
+from yolop_mtl.config import OptimConfig, TrainConfig
 from yolop_mtl.recipes import SYNTHETIC
 from yolop_mtl.train import train
 
@@ -38,11 +38,12 @@ WIDTH = 160  # characters where there is no terminal
 
 def with_mosaic(cfg: TrainConfig, is_on: bool) -> TrainConfig:
     """Mosaic and mixup as often as by default, and off at the end for the same share of epochs."""
-    usual = AugmentConfig()
-    closed = max(1, round(cfg.optim.epochs * usual.close_mosaic / 300))
-    values = (usual.mosaic, usual.mixup, closed) if is_on else (0.0, 0.0, 0)
-    names = ("mosaic", "mixup", "close_mosaic")
-    return replace(cfg, augment=replace(cfg.augment, **dict(zip(names, values, strict=True))))
+    augment = replace(cfg.augment, mosaic=0.0, mixup=0.0, close_mosaic=0)
+    if is_on:
+        usual = AugmentConfig()
+        closed = max(1, round(cfg.optim.epochs * usual.close_mosaic / OptimConfig().epochs))
+        augment = replace(augment, mosaic=usual.mosaic, mixup=usual.mixup, close_mosaic=closed)
+    return replace(cfg, augment=augment)
 
 
 def with_deconv(cfg: TrainConfig, is_on: bool) -> TrainConfig:
@@ -57,8 +58,9 @@ def with_focal_dice(cfg: TrainConfig, is_on: bool) -> TrainConfig:
     """
     if is_on:
         return cfg
-    plain = {"lane_alpha": 0.5, "lane_gamma": 0.0, "lane_dice": 0.0, "lane_iou": 0.0}
-    loss = replace(cfg.loss, **plain, lane_focal=2 * cfg.loss.lane_focal)
+    gain = 2 * cfg.loss.lane_focal
+    loss = replace(cfg.loss, lane_alpha=0.5, lane_gamma=0.0, lane_focal=gain)
+    loss = replace(loss, lane_dice=0.0, lane_iou=0.0)
     return replace(cfg, loss=loss)
 
 

@@ -113,9 +113,12 @@ def matrix_peak(times: Mapping[str, Times], precision: Precision) -> float:
 
 
 def count_flops(model: nn.Module, shape: tuple[int, ...]) -> int:
-    """Operations of one pass, two for a multiplication with an addition, as torch counts them."""
+    """Operations of one pass, two for a multiplication with an addition, as torch counts them.
+
+    A network on the meta device is counted without computing anything.
+    """
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        model(torch.zeros(shape))
+        model(torch.zeros(shape, device=next(model.parameters()).device))
     return int(counter.get_total_flops())
 
 

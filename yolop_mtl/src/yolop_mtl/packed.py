@@ -1,7 +1,7 @@
-"""Convolutions packed for oneDNN: the fastest way through the network on a CPU, without compiling.
+"""Convolutions packed for oneDNN: the fastest way through the network on a CPU without compiling.
 
-Weights are brought into oneDNN's own layout once instead of at every call, and SiLU is applied while
-a convolution's results are still in the processor's registers. The operators are those that
+Weights are brought into oneDNN's own layout once instead of at every call, and SiLU is applied
+while a convolution's results are still in the processor's registers. The operators are those that
 torch.compile with freezing calls on a CPU; a compiled graph gains little beyond them.
 """
 
@@ -33,11 +33,11 @@ class PackedConv(nn.Module):
         """
         super().__init__()
         geometry = (conv.padding, conv.stride, conv.dilation)
-        places = [list(cast(tuple[int, ...], value)) for value in geometry]
+        places = [_numbers(value) for value in geometry]
         operators: Any = torch.ops.mkldnn
         weight = conv.weight.detach()
         if isinstance(conv, nn.ConvTranspose2d):
-            places.insert(1, list(cast(tuple[int, ...], conv.output_padding)))
+            places.insert(1, _numbers(conv.output_padding))
             reorder = operators._reorder_convolution_transpose_weight
             self.call = operators._convolution_transpose_pointwise.default
         else:
@@ -45,11 +45,16 @@ class PackedConv(nn.Module):
             self.call = operators._convolution_pointwise.default
         self.weight = reorder(weight, *places, conv.groups, list(size))
         self.bias = None if conv.bias is None else conv.bias.detach()
+        self.dtype = weight.dtype
         self.rest = (*places, conv.groups, activation, [], "")
 
     def forward(self, x: Tensor) -> Tensor:
         """Of the type that the weights were packed in."""
         return cast(Tensor, self.call(x, self.weight, self.bias, *self.rest))
+
+
+def _numbers(value: object) -> list[int]:
+    return list(cast(tuple[int, ...], value))
 
 
 def is_available() -> bool:
@@ -67,16 +72,24 @@ def is_available() -> bool:
 
 
 @torch.inference_mode()
-def pack(model: YOLOPv2, img_size: tuple[int, int], *, batch_size: int = 1) -> YOLOPv2:
+def pack(
+    model: YOLOPv2,
+    img_size: tuple[int, int],
+    *,
+    batch_size: int = 1,
+    dtype: torch.dtype | None = None,
+) -> YOLOPv2:
     """Pack the convolutions of a folded network, in place; it is good for inference alone then.
 
-    Outputs are those of before, up to rounding. Inputs are of the type of the weights, float32 or
-    bfloat16, and of any size; the network is fastest at the size it is packed for.
+    Outputs are those of before, up to rounding. Inputs are of any floating type and any size; the
+    network is fastest at the size it is packed for.
 
     Args:
         model: after `fuse`, in eval mode, on the CPU.
         img_size: (H, W) of the inputs to be fast for.
         batch_size: of these inputs.
+        dtype: of weights, arithmetic and outputs, float32 or bfloat16; None: that of the weights.
+            Anchors keep theirs.
 
     Returns: the same network.
 
@@ -101,12 +114,19 @@ def pack(model: YOLOPv2, img_size: tuple[int, int], *, batch_size: int = 1) -> Y
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d) and name not in inner:
             parts[name] = (module, "none")
-    sizes = _input_sizes(model, {name: part[0] for name, part in parts.items()}, some.dtype,
-                         (batch_size, 3, *img_size))  # fmt: skip
+    if dtype is not None and dtype != some.dtype:
+        head = model.detection
+        anchors = None if head is None else head.anchors
+        model.to(dtype)
+        if head is not None and anchors is not None:
+            head.anchors = anchors
+    convs = {name: conv for name, (conv, _) in parts.items()}
+    dtype = next(model.parameters()).dtype
+    sizes = _input_sizes(model, convs, dtype, (batch_size, 3, *img_size))
     for name, (conv, activation) in parts.items():
         parent, _, own = name.rpartition(".")
         setattr(model.get_submodule(parent), own, PackedConv(conv, activation, sizes[name]))
-    model.register_forward_pre_hook(_channels_last)
+    model.register_forward_pre_hook(_prepare)
     return model
 
 
@@ -133,5 +153,7 @@ def _input_sizes(
     return found
 
 
-def _channels_last(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (inputs[0].contiguous(memory_format=torch.channels_last),)
+def _prepare(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Images as the first convolution wants them."""
+    stem = cast(PackedConv, cast(YOLOPv2, module).backbone.stem[0])
+    return (inputs[0].to(stem.dtype, memory_format=torch.channels_last),)

@@ -15,7 +15,7 @@ from shared_utils.errors import InputError
 from yolop_mtl.config import DataConfig
 from yolop_mtl.devices import run_facts
 from yolop_mtl.report import write_curves
-from yolop_mtl.val import FIGURES, Validation, ValConfig
+from yolop_mtl.val import FIGURES, ValConfig, Validation
 
 LEGACY = "legacy_"
 # Of a condition, both ways where both have it.
