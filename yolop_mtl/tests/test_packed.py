@@ -65,7 +65,7 @@ def test_what_cannot_be_packed(monkeypatch: pytest.MonkeyPatch) -> None:
     model = randomize(build_model("nano"))
     with pytest.raises(ValueError, match=r"model: got backbone\.stem\.0 with its norm, expected a"):
         pack(model, (64, 96))
-    with pytest.raises(ValueError, match="expected a folded network; call yolop_mtl.fuse"):
+    with pytest.raises(ValueError, match=r"expected a folded network; call yolop_mtl\.fuse"):
         pack(fuse(model).train(), (64, 96))
     with pytest.raises(ValueError, match="model: got one on meta, expected one on the CPU"):
         pack(folded().to("meta"), (64, 96))
