@@ -125,6 +125,32 @@ def test_every_engine_gives_what_the_network_gives(engine: engines.Engine) -> No
     assert any(name.endswith("norm.weight") for name in model.state_dict())  # unchanged
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@torch.inference_mode()
+def test_compiled_networks_give_what_the_network_gives(precision: Any) -> None:
+    if reason := why_not("compiled", precision, CPU):
+        pytest.skip(reason)
+    model = randomize(network("nano"))
+    images = torch.rand(1, 3, *SIZE)
+    found = build_engine("compiled", model, images, precision)()["lane"].float()
+    off = 1e-3 if precision == "fp32" else 5e-2
+    torch.testing.assert_close(found, model(images)["lane"], rtol=0, atol=off)
+
+
+@pytest.mark.gpu
+def test_every_engine_on_a_gpu(tmp_path: Path) -> None:
+    cfg = BenchmarkConfig(
+        presets=("nano",), precisions=("fp16",), batch_sizes=(1, 2), img_size=SIZE, repeats=5,
+        suite="network", output=tmp_path / "x.json",
+    )  # fmt: skip
+    report = benchmark(cfg, matrix_sizes=(64,))
+    engines_run = {row["engine"] for row in report["latencies"]}
+    assert engines_run == {"eager", "fused", "channels_last", "compiled"}
+    assert all(math.isfinite(row["value"]) for row in report["rows"])
+    assert {row["reason"] for row in report["skipped"]} == {"for CPUs", "measured on the CPU only"}
+
+
 def test_what_this_machine_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = torch.device("cuda")
     assert why_not("fused", "fp16", CPU) == "half precision is for GPUs"

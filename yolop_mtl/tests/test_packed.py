@@ -30,7 +30,7 @@ def flat(out: dict[str, object]) -> list[torch.Tensor]:
     [
         {"num_classes": 2},
         {"num_classes": 1, "use_repconv": True, "use_attention": False},
-        {"tasks": ["lane"]},
+        {"tasks": ["lane"], "lane_upsample": "nearest"},
         {"tasks": ["drivable"], "num_drivable": 3},
     ],
 )

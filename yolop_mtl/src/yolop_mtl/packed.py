@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from shared_utils.errors import InputError
 from yolop_mtl.blocks import Conv, Deconv, RepConv
-from yolop_mtl.model import YOLOPv2
+from yolop_mtl.model import MAX_STRIDE, YOLOPv2
 
 Convolution = nn.Conv2d | nn.ConvTranspose2d
 
@@ -120,33 +120,30 @@ def pack(
         model.to(dtype)
         if head is not None and anchors is not None:
             head.anchors = anchors
-    convs = {name: conv for name, (conv, _) in parts.items()}
-    dtype = next(model.parameters()).dtype
-    sizes = _input_sizes(model, convs, dtype, (batch_size, 3, *img_size))
+    sizes = _input_sizes(model, {name: conv for name, (conv, _) in parts.items()})
+    height, width = (side // MAX_STRIDE for side in img_size)
     for name, (conv, activation) in parts.items():
         parent, _, own = name.rpartition(".")
-        setattr(model.get_submodule(parent), own, PackedConv(conv, activation, sizes[name]))
+        channels, rows, columns = sizes[name]
+        size = (batch_size, channels, rows * height, columns * width)
+        setattr(model.get_submodule(parent), own, PackedConv(conv, activation, size))
     model.register_forward_pre_hook(_prepare)
     return model
 
 
-def _input_sizes(
-    model: YOLOPv2,
-    convs: dict[str, Convolution],
-    dtype: torch.dtype,
-    shape: tuple[int, int, int, int],
-) -> dict[str, tuple[int, ...]]:
-    """Sizes of the inputs of convolutions, by name, for a batch of a shape."""
-    found: dict[str, tuple[int, ...]] = {}
+def _input_sizes(model: YOLOPv2, convs: dict[str, Convolution]) -> dict[str, tuple[int, int, int]]:
+    """(C, H, W) of the inputs of convolutions, by name, for the smallest image of all."""
+    found: dict[str, tuple[int, int, int]] = {}
     hooks = []
     for name, conv in convs.items():
 
         def note(module: nn.Module, inputs: tuple[Tensor, ...], name: str = name) -> None:
-            found[name] = tuple(inputs[0].shape)
+            _, channels, height, width = inputs[0].shape
+            found[name] = (channels, height, width)
 
         hooks.append(conv.register_forward_pre_hook(note))
     try:
-        model(torch.zeros(shape, dtype=dtype))
+        model(torch.zeros(1, 3, MAX_STRIDE, MAX_STRIDE, dtype=next(model.parameters()).dtype))
     finally:
         for hook in hooks:
             hook.remove()
