@@ -51,9 +51,18 @@ def _anchors(argv: Sequence[str]) -> None:
     run_anchors(parse(AnchorsConfig, argv, prog="yolop-mtl anchors", about=about))
 
 
+def _export(argv: Sequence[str]) -> None:
+    from yolop_mtl.export import ExportConfig, export
+
+    about = ExportConfig.__doc__ or ""
+    for written in export(parse(ExportConfig, argv, prog="yolop-mtl export", about=about)):
+        print(written)
+
+
 COMMANDS: Mapping[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "train": (_train, "train the network on one to three tasks"),
     "val": (_val, "measure a run again, or on other data: strict and legacy figures"),
+    "export": (_export, "write the network for other programs, checked against it"),
     "synth": (_synth, "generate driving scenes in BDD100K's form"),
     "prepare": (_prepare, "check labels, convert them, draw lane masks from polygons"),
     "anchors": (_anchors, "fit anchors to the boxes of a data set"),
