@@ -59,10 +59,18 @@ def _export(argv: Sequence[str]) -> None:
         print(written)
 
 
+def _import_weights(argv: Sequence[str]) -> None:
+    from yolop_mtl.import_weights import ImportConfig, import_weights
+
+    about = ImportConfig.__doc__ or ""
+    print(import_weights(parse(ImportConfig, argv, prog="yolop-mtl import-weights", about=about)))
+
+
 COMMANDS: Mapping[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "train": (_train, "train the network on one to three tasks"),
     "val": (_val, "measure a run again, or on other data: strict and legacy figures"),
     "export": (_export, "write the network for other programs, checked against it"),
+    "import-weights": (_import_weights, "take the released network, or weights of other files"),
     "synth": (_synth, "generate driving scenes in BDD100K's form"),
     "prepare": (_prepare, "check labels, convert them, draw lane masks from polygons"),
     "anchors": (_anchors, "fit anchors to the boxes of a data set"),
@@ -80,7 +88,7 @@ def _dispatch(words: Sequence[str]) -> None:
     if not words or words[0] in HELP:
         print("usage: yolop-mtl COMMAND [OPTIONS]\n\ncommands (each has --help):")
         for name, (_, what) in COMMANDS.items():
-            print(f"  {name:<10} {what}")
+            print(f"  {name:<14} {what}")
         return
     if words[0] not in COMMANDS:
         do = near_miss(words[0], COMMANDS)
