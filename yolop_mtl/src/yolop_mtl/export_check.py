@@ -11,7 +11,7 @@ from torchvision.ops import box_iou
 
 from shared_utils.errors import InputError
 from yolop_mtl.boxes import Decoded, Detections, decode, suppress
-from yolop_mtl.export_graph import INPUT, Shape
+from yolop_mtl.export_graph import INPUT, Shape, load_torchscript
 from yolop_mtl.export_onnx import ALL, FOUND, Suppression
 from yolop_mtl.model import MAX_STRIDE, YOLOPv2
 
@@ -50,7 +50,7 @@ def open_onnx(model: Path | bytes, **inputs: Tensor) -> Runner:
 
 def open_torchscript(path: Path) -> Runner:
     """A TorchScript file that this program wrote."""
-    return _quiet(torch.jit.load(str(path), map_location="cpu"))
+    return _quiet(load_torchscript(path))
 
 
 def open_torch_export(path: Path) -> Runner:

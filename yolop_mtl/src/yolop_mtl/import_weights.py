@@ -4,16 +4,17 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import tyro
-from torch import Tensor
+from torch import Tensor, nn
 
 from shared_utils.errors import InputError, MissingFileError
 from yolop_mtl import model_io
 from yolop_mtl.blocks import RepConv
 from yolop_mtl.config import DataConfig, ModelConfig
+from yolop_mtl.export_graph import load_torchscript
 from yolop_mtl.layer_order import (
     NORM,
     Kernel,
@@ -104,8 +105,8 @@ def import_weights(cfg: ImportConfig) -> Imported:
         tensors = read_tensors(cfg.file)
         model, told = (_own if OWN in tensors else _trunk)(cfg.file, preset, tensors)
     if cfg.keep_class is not None:
-        preset = "base" if preset == "release" else preset
-        model, told = _one_class(model, cfg.keep_class, preset), f"{told}; one class kept"
+        _keep_class(model, cfg.keep_class)
+        preset, told = "base" if preset == "release" else preset, f"{told}; one class kept"
     _save(model, cfg, preset)
     return Imported(folder=cfg.out, told=told)
 
@@ -131,7 +132,7 @@ def _released(path: Path, preset: str, *, is_trusted: bool) -> tuple[YOLOPv2, st
             "give it if you trust where the file comes from, else leave the file alone",
         )
     try:
-        script = torch.jit.load(str(path), map_location="cpu").eval().float()
+        script = load_torchscript(path).eval().float()
         tensors = dict(script.state_dict())
         with torch.no_grad():
             images = torch.rand(EXAMPLE, generator=torch.Generator().manual_seed(0))
@@ -140,7 +141,7 @@ def _released(path: Path, preset: str, *, is_trusted: bool) -> tuple[YOLOPv2, st
         got = f"TorchScript that does not run ({str(error).strip().splitlines()[-1]})"
         raise InputError(str(path), got, INTERFACE, "take the released file") from error
     maps, anchors, drivable, lane = _parts(path, outputs)
-    model = _by_order(path, preset, tensors, anchors)
+    model = build_by_order(path, preset, tensors, anchors)
     expected = {f"detection {scale}": x for scale, x in enumerate(maps)}
     expected |= {"drivable": drivable, "lane": lane}
     with torch.no_grad():
@@ -177,7 +178,19 @@ def _parts(path: Path, outputs: Any) -> tuple[list[Tensor], Tensor, Tensor, Tens
     return list(maps), anchors, drivable, lane
 
 
-def _by_order(path: Path, preset: str, tensors: Mapping[str, Tensor], anchors: Tensor) -> YOLOPv2:
+def build_by_order(
+    path: Path, preset: str, tensors: Mapping[str, Tensor], anchors: Tensor
+) -> YOLOPv2:
+    """A network with the released file's tensors, each at its place.
+
+    Args:
+        path: of the file, for messages.
+        preset: of the network; its classes are as many as the file has.
+        tensors: of the file, in its order.
+        anchors: (scales, anchors, 2) pixels.
+
+    Raises: InputError naming the first layer that differs.
+    """
     layers = read_layers(tensors)
     order = release_order(build_model(preset))
     num_classes = None
@@ -300,8 +313,8 @@ def _own(path: Path, preset: str, tensors: Mapping[str, Tensor]) -> tuple[YOLOPv
 # ---- writing -------------------------------------------------------------------------------------
 
 
-def _one_class(model: YOLOPv2, keep: int, preset: str) -> YOLOPv2:
-    """The same network with one of its classes.
+def _keep_class(model: YOLOPv2, keep: int) -> None:
+    """Cut the box head's outputs to one of its classes, in place.
 
     Raises: InputError where there is no such class.
     """
@@ -310,15 +323,16 @@ def _one_class(model: YOLOPv2, keep: int, preset: str) -> YOLOPv2:
     if head is None or not 0 <= keep < count:
         do = "name one of them, or leave it out"
         raise InputError("keep_class", keep, f"one of {count} classes, from 0", do)
-    smaller = build_model(preset, num_classes=1, tasks=model.tasks, anchors=head.anchors.tolist())
     channels = torch.arange(head.anchors.shape[1] * (5 + count)).view(-1, 5 + count)
     kept = channels[:, [0, 1, 2, 3, 4, 5 + keep]].flatten()
-    state = {
-        name: x[kept] if name.startswith(("detection.outputs.", "detection.muls.")) else x
-        for name, x in model.state_dict().items()
-    }
-    smaller.load_state_dict(state)
-    return smaller.eval()
+    for output in head.outputs:
+        conv = cast(nn.Conv2d, output)
+        conv.out_channels = len(kept)
+        conv.weight = nn.Parameter(conv.weight.detach()[kept])
+        conv.bias = nn.Parameter(cast(Tensor, conv.bias).detach()[kept])
+    for implicit in head.muls or ():
+        implicit.vector = nn.Parameter(cast(Tensor, implicit.vector).detach()[kept])
+    head.num_classes = 1
 
 
 def _save(model: YOLOPv2, cfg: ImportConfig, preset: Preset) -> None:

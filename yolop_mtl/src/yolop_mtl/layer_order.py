@@ -151,7 +151,7 @@ def fit(model: nn.Module, name: str, kernel: Kernel) -> Tensors | None:
         return _under(name, found if kernel.bias is None else found | {"bias": kernel.bias})
     if kernel.norm is None and kernel.bias is None:
         return None
-    count = module.norm.num_features  # type: ignore[union-attr]
+    count = int(module.norm.num_features)  # type: ignore[union-attr,arg-type]
     zero, bias = torch.zeros(count), kernel.bias
     found = {"conv.weight": kernel.weight}
     if kernel.norm is not None:
