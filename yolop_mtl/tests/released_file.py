@@ -12,7 +12,7 @@ from yolop_mtl import build_model, fuse
 from yolop_mtl.blocks import CSP, SPPCSPC, Conv, Deconv
 from yolop_mtl.model import YOLOPv2
 
-from .networks import randomize
+from .networks import enliven
 
 PYRAMID = ("before.0", "shortcut", "before.1", "before.2", "after.0", "after.1", "out")
 
@@ -117,7 +117,7 @@ def network(preset: str = "nano", num_classes: int = 80) -> YOLOPv2:
     net = build_model(preset, num_classes=num_classes, anchors=anchors)
     for part in (*net.detection.adds, *net.detection.muls):
         nn.init.normal_(part.vector, mean=1)
-    return randomize(net)
+    return enliven(net)
 
 
 def write_released(net: YOLOPv2, path: Path, *, is_folded: bool = True, **options: bool) -> None:

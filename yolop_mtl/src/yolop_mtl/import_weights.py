@@ -29,7 +29,7 @@ from yolop_mtl.pretrained import ANCHORS, read_tensors
 
 Preset = Literal["release", "base", "small", "nano"]
 RELEASED_CLASS = 3  # of the released network's 80 the only one that ever fires
-TOLERANCE = 1e-4  # of values up to 1, of larger ones relative
+TOLERANCE = 1e-4  # times the largest value of an output, where that is more than 1
 EXAMPLE = (2, 3, 64, 96)
 INTERFACE = "outputs [three maps, anchors], drivable, lane"
 LINEARS, IMPLICIT = ("wide", "narrow"), ("adds", "muls")  # in the order of the file
@@ -153,7 +153,7 @@ def _released(path: Path, preset: str, *, is_trusted: bool) -> tuple[YOLOPv2, st
         if found[name].shape != x.shape:
             got, told = (f"shape {tuple(y.shape)}" for y in (x, found[name]))
             raise InputError(f"{path} {name}", got, told, "take the released file")
-        difference = float(((found[name] - x).abs() / x.abs().clamp(min=1)).max())
+        difference = float((found[name] - x).abs().max() / x.abs().max().clamp(min=1))
         if not difference <= TOLERANCE:
             got, told = f"a difference of {difference:.2g} on noise", f"at most {TOLERANCE:g}"
             do = "take the released file; every layer fits, but this one computes something else"
