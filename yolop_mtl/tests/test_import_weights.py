@@ -29,7 +29,7 @@ def outputs(model: YOLOPv2, size: tuple[int, int] = (96, 64)) -> list[Tensor]:
 def assert_same(found: list[Tensor], wanted: list[Tensor]) -> None:
     for ours, theirs in zip(found, wanted, strict=True):
         assert ours.shape == theirs.shape
-        assert float((ours - theirs).abs().max()) < 1e-4 * float(theirs.abs().max())
+        assert float((ours - theirs).abs().max()) < 1e-3 * float(theirs.abs().max())
 
 
 @pytest.fixture(scope="module")

@@ -31,6 +31,13 @@ def _val(argv: Sequence[str]) -> None:
         print(f"{name} {value:.4f}")
 
 
+def _predict(argv: Sequence[str]) -> None:
+    from yolop_mtl.predict import PredictConfig, predict
+
+    about = PredictConfig.__doc__ or ""
+    predict(parse(PredictConfig, argv, prog="yolop-mtl predict", about=about))
+
+
 def _synth(argv: Sequence[str]) -> None:
     from yolop_mtl.synth import SynthConfig, generate
 
@@ -71,6 +78,7 @@ COMMANDS: Mapping[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "val": (_val, "measure a run again, or on other data: strict and legacy figures"),
     "export": (_export, "write the network for other programs, checked against it"),
     "import-weights": (_import_weights, "take the released network, or weights of other files"),
+    "predict": (_predict, "draw what is found into images, a video or what a camera sees"),
     "synth": (_synth, "generate driving scenes in BDD100K's form"),
     "prepare": (_prepare, "check labels, convert them, draw lane masks from polygons"),
     "anchors": (_anchors, "fit anchors to the boxes of a data set"),

@@ -7,6 +7,7 @@ One code for validation and prediction. `detect` stays in pixels of the network'
 import warnings
 from collections.abc import Sequence
 
+import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -106,10 +107,9 @@ def native_drivable(logits: Tensor, letterbox: Letterbox) -> NDArray[np.uint8]:
     """
     inner = _crop(logits, letterbox)
     if len(inner) == 2:  # one map says it all
-        share = _resize((inner[1:] - inner[:1]).sigmoid(), letterbox.size)
-        return (share[0] > 0.5).cpu().numpy().astype(np.uint8)
+        return _above((inner[1:] - inner[:1]).sigmoid(), letterbox.size, 0.5).view(np.uint8)
     number = _resize(inner.softmax(0), letterbox.size).argmax(0)
-    return number.cpu().numpy().astype(np.uint8)
+    return number.to(torch.uint8).cpu().numpy()
 
 
 @torch.no_grad()
@@ -121,17 +121,30 @@ def native_lane(logits: Tensor, letterbox: Letterbox, threshold: float = 0.5) ->
         letterbox: how the image lies in the input.
         threshold: a lane pixel needs a higher probability, 0 to 1.
     """
-    share = _resize(_crop(logits, letterbox).sigmoid(), letterbox.size)
-    result: NDArray[np.bool_] = (share[0] > threshold).cpu().numpy()
-    return result
+    return _above(_crop(logits, letterbox).sigmoid(), letterbox.size, threshold)
 
 
 def _crop(logits: Tensor, letterbox: Letterbox) -> Tensor:
     return logits[:, letterbox.rows, letterbox.columns].float()
 
 
+def _above(share: Tensor, size: tuple[int, int], threshold: float) -> NDArray[np.bool_]:
+    """Where a map (1, H, W), at another size, is above a threshold: (h, w)."""
+    result: NDArray[np.bool_] = (_resize(share, size)[0] > threshold).cpu().numpy()
+    return result
+
+
 def _resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
     """(C, H, W) -> (C, h, w), bilinear, of averages where it shrinks."""
     if maps.shape[1:] == size:
         return maps
-    return F.interpolate(maps[None], size, mode="bilinear", align_corners=False, antialias=True)[0]
+    shrinks = size[0] < maps.shape[1] or size[1] < maps.shape[2]
+    if maps.device.type == "cpu" and not shrinks:
+        # The same numbers in a quarter of torch's time.
+        planes = maps.permute(1, 2, 0).contiguous().numpy()
+        scaled = cv2.resize(planes, (size[1], size[0]), interpolation=cv2.INTER_LINEAR)
+        return torch.from_numpy(scaled.reshape(*size, -1)).permute(2, 0, 1)
+    # Without `antialias` where nothing shrinks: it changes nothing there, and takes twice the time.
+    return F.interpolate(maps[None], size, mode="bilinear", align_corners=False, antialias=shrinks)[
+        0
+    ]
