@@ -23,3 +23,19 @@ def randomize(module: nn.Module, seed: int = 0) -> nn.Module:
 
 def num_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+def enliven(model: nn.Module, size: tuple[int, int] = (64, 96)) -> nn.Module:
+    """Give norms random weights and the statistics of noise, so that what goes in shows in what
+    comes out, as in a trained network; in place, then eval mode."""
+    randomize(model).train()
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = 1.0
+    with torch.no_grad():
+        model(torch.rand(4, 3, *size, generator=torch.Generator().manual_seed(0)))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    return model.eval()

@@ -25,7 +25,7 @@ def draw(*curves: Curve, width: int = 6, size: tuple[int, int] = SIZE) -> NDArra
 def distances(
     points: NDArray[np.float32], curve: Curve, longer: float = 6.0
 ) -> NDArray[np.float64]:
-    """Of points from a curve, by its points every tenth of a pixel; drawn lines are a bit longer."""
+    """Of points from a curve, by points of it a tenth of a pixel apart; drawn ones are longer."""
     corners = np.array(curve, dtype=np.float64)
     for end, before in ((0, 1), (-1, -2)):
         way = corners[end] - corners[before]

@@ -4,7 +4,9 @@ Shapes: B batch, N predictions of an image, C classes of boxes, H W size of the 
 """
 
 import copy
+import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -109,6 +111,13 @@ def script(graph: Deployable, shape: Shape) -> torch.jit.ScriptModule:
     with torch.no_grad():
         traced = torch.jit.trace(graph, (torch.zeros(shape.example),), strict=False)  # a dictionary
     return cast(torch.jit.ScriptModule, traced)
+
+
+def load_torchscript(path: Path) -> torch.jit.ScriptModule:
+    """Open TorchScript on the CPU; it runs code that the file carries."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*torch.jit", DeprecationWarning)
+        return cast(torch.jit.ScriptModule, torch.jit.load(str(path), map_location="cpu"))
 
 
 def describe(deployed: Deployed, names: Sequence[str], shape: Shape) -> dict[str, Any]:

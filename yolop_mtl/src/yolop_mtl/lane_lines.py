@@ -116,8 +116,8 @@ def _components(mask: Mask, shortest: float) -> tuple[NDArray[np.int32], Points]
     top, left = rows[0], columns[0]
     part = np.ascontiguousarray(mask[top : rows[-1] + 1, left : columns[-1] + 1]).view(np.uint8)
     # Holes and gaps of two pixels are closed: they would tear a lane into many strands.
-    part = cv2.morphologyEx(part, cv2.MORPH_CLOSE, np.ones((3, 3), dtype=np.uint8))
-    count, labels, table, _ = cv2.connectedComponentsWithStats(part, connectivity=8)
+    closed = cv2.morphologyEx(part, cv2.MORPH_CLOSE, np.ones((3, 3), dtype=np.uint8))
+    count, labels, table, _ = cv2.connectedComponentsWithStats(closed, connectivity=8)
     reach = np.hypot(table[:, cv2.CC_STAT_WIDTH], table[:, cv2.CC_STAT_HEIGHT])
     numbers = np.where(reach >= shortest, np.arange(count), 0).astype(np.int32)
     numbers[0] = 0
@@ -249,9 +249,9 @@ def _ends(strand: Strand) -> list[_End]:
 
 
 def _linked(strands: list[Strand], partner: dict[int, int]) -> list[Strand]:
-    """Chains of strands whose ends are partners; end 2 n is the first of strand n, 2 n + 1 the last.
+    """Strands whose ends are partners made one; 2 n is the first end of strand n, 2 n + 1 the last.
 
-    Raises: nothing; a ring is cut at the strand it was begun with.
+    A ring is cut at the strand it was begun with.
     """
     done: set[int] = set()
     joined = []
@@ -310,7 +310,7 @@ def _near(mask: Mask, distance: float) -> Mask:
     reach = int(distance)
     offsets = np.arange(-reach, reach + 1)
     disk = (np.hypot(*np.meshgrid(offsets, offsets)) <= distance).astype(np.uint8)
-    return cv2.dilate(mask.view(np.uint8), disk).view(bool)
+    return cv2.dilate(mask.view(np.uint8), disk).astype(bool)
 
 
 def _looked_up(points: Points, near: Mask) -> Mask:
@@ -318,7 +318,8 @@ def _looked_up(points: Points, near: Mask) -> Mask:
     columns, rows = points.round().astype(np.int64).T
     height, width = near.shape
     inside = (columns >= 0) & (columns < width) & (rows >= 0) & (rows < height)
-    return inside & near[rows.clip(0, height - 1), columns.clip(0, width - 1)]
+    result: Mask = inside & near[rows.clip(0, height - 1), columns.clip(0, width - 1)]
+    return result
 
 
 def _is_supported(start: Points, end: Points, near: Mask) -> bool:
