@@ -27,6 +27,15 @@ from yolop_mtl.model import MAX_STRIDE
 
 WIDTH = 190  # characters where there is no terminal
 LEAST_REPEATS = 5
+# Columns of the table of latencies: title, key and form.
+LATENCY = (
+    ("median ms", "median_ms", ".1f"),
+    ("p90 ms", "p90_ms", ".1f"),
+    ("images/s", "images_per_second", ".1f"),
+    ("ms with post-processing", "with_postprocessing_ms", ".1f"),
+    ("GFLOP/s", "gflops", ".0f"),
+    ("of the peak", "peak_share", ".2f"),
+)
 SIDES = 2  # numbers that make a size
 
 
@@ -135,7 +144,7 @@ def benchmark(cfg: BenchmarkConfig, **small: Any) -> dict[str, Any]:
         "skipped": skipped,
     }
     write_text(json.dumps(report, indent=2) + "\n", cfg.output)
-    _show(rows, skipped, report["machine"])
+    _show(report, rows)
     return report
 
 
@@ -146,13 +155,30 @@ def _choose(accelerator: str) -> torch.device:
     return torch.device("cuda" if has_gpu and accelerator != "cpu" else "cpu")
 
 
-def _show(rows: Sequence[Row], skipped: Sequence[dict[str, str]], where: Any) -> None:
-    table = Table("benchmark", "value", "unit", "target", "", "detail", title=f"YOLOPv2, {where}")
-    for r in rows:
-        sign = "<=" if r.direction == "lower" else ">="
-        told = "" if r.target is None else f"{sign} {r.target}"
-        table.add_row(r.name, f"{r.value:.3f}", r.unit, told, r.verdict, r.detail)
+def _show(report: dict[str, Any], rows: Sequence[Row]) -> None:
+    """Latencies in a table of their own, then what compares, then what was left out."""
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
-    console.print(table)
-    for row in skipped:
+    if report["latencies"]:
+        table = Table("network", "engine", title=f"YOLOPv2, {report['machine']}")
+        for title, _, _ in LATENCY:
+            table.add_column(title, justify="right")
+        before = None
+        for of in report["latencies"]:
+            size = " x ".join(map(str, of["img_size"]))
+            name = f"{of['preset']}, {of['precision']}, {size}, batch {of['batch_size']}"
+            if before not in (None, name):
+                table.add_section()
+            before = name
+            numbers = (f"{of[key]:{form}}" for _, key, form in LATENCY)
+            table.add_row(name, of["engine"], *numbers)
+        console.print(table)
+    table = Table("benchmark", "value", "unit", "target", "", "detail")
+    for r in rows:
+        if r.unit != "ms":
+            sign = "<=" if r.direction == "lower" else ">="
+            told = "" if r.target is None else f"{sign} {r.target}"
+            table.add_row(r.name, f"{r.value:.3f}", r.unit, told, r.verdict, r.detail)
+    if table.row_count:
+        console.print(table)
+    for row in report["skipped"]:
         console.print(f"skipped: {row['name']}: {row['reason']}", markup=False, highlight=False)

@@ -46,8 +46,8 @@ class Predictor:
     """A network with what is done before and after it.
 
     Attributes:
-        model: fused, in eval mode, channels last, on `device`; on a CPU packed for oneDNN, unless it
-            is compiled.
+        model: fused, in eval mode, channels last, on `device`; on a CPU packed for oneDNN, unless
+            it is compiled.
         class_names: of boxes, by number.
         img_size: (H, W) of the network's input; with `long_side` that of an image of its aspect.
         long_side: longer side of the input, whose other side follows the images; None: all inputs
