@@ -142,7 +142,7 @@ def compare(
         for name in sorted(got.keys() | wanted.keys()):
             shapes = [tuple(x[name].shape) if name in x else "none" for x in (got, wanted)]
             if shapes[0] != shapes[1]:
-                raise _refused(f"{what} {name}", f"shape {shapes[0]}", f"{shapes[1]}")
+                raise refused(f"{what} {name}", f"shape {shapes[0]}", f"{shapes[1]}")
         for name, x in wanted.items():
             difference = float((got[name] - x).abs().max())
             scale = max(SMALLEST, float(x.abs().max()))
@@ -152,7 +152,7 @@ def compare(
                 scale = 1.0
             if not difference <= tolerance * scale:
                 most = f"at most {tolerance * scale:.2g}"
-                raise _refused(f"{what} {name}", f"a difference of {difference:.2g}", most)
+                raise refused(f"{what} {name}", f"a difference of {difference:.2g}", most)
             worst[name] = max(worst.get(name, 0.0), difference)
     return worst
 
@@ -179,13 +179,13 @@ def compare_suppressed(
         wide = open_onnx(widened, conf=torch.tensor([conf]))
         outputs = [wide(batch) for batch in images]
         used = replace(how, conf=conf)
-        total += sum(_compare_kept("onnx", found, _decoded(found), used) for found in outputs)
+        total += sum(compare_kept("onnx", found, _decoded(found), used) for found in outputs)
     # Of the file's own threshold from here on.
     masks = [{n: x for n, x in wanted.items() if n not in ALL.values()} for wanted in expected]
     found_masks = []
     for batch, wide_found in zip(images, outputs, strict=True):
         found = run(batch)
-        _compare_kept(what, found, _decoded(wide_found), how)
+        compare_kept(what, found, _decoded(wide_found), how)
         found_masks.append({name: x for name, x in found.items() if name not in FOUND})
     plain = [{name: found[name] for name in expected[0]} for found in outputs]
     worst = compare("onnx", plain, expected, images, tolerance)
@@ -199,7 +199,7 @@ def _confidence_for(found: Sequence[Tensors]) -> float:
     return float(best.topk(min(count, len(best))).values[-1])
 
 
-def _compare_kept(what: str, found: Tensors, decoded: Decoded, how: Suppression) -> int:
+def compare_kept(what: str, found: Tensors, decoded: Decoded, how: Suppression) -> int:
     """Boxes that a file kept against those that `boxes.suppress` keeps; returns how many.
 
     Raises: InputError unless each has one partner of its class with IoU > 0.99 and a score less
@@ -212,10 +212,10 @@ def _compare_kept(what: str, found: Tensors, decoded: Decoded, how: Suppression)
         count = int(found["num_detections"][image])
         boxes, scores, labels = (found[name][image] for name in FOUND[1:])
         if count != len(wanted.scores):
-            raise _refused(f"{what} num_detections", count, str(len(wanted.scores)))
+            raise refused(f"{what} num_detections", count, str(len(wanted.scores)))
         rest = (boxes[count:] != 0).any() or (scores[count:] != 0).any()
         if rest or (labels[count:] != -1).any():
-            raise _refused(f"{what} boxes", "values after the last one", "0, with label -1")
+            raise refused(f"{what} boxes", "values after the last one", "0, with label -1")
         _check_partners(what, Detections(boxes[:count], scores[:count], labels[:count]), wanted)
     return sum(len(wanted.scores) for wanted in expected)
 
@@ -233,7 +233,7 @@ def _check_partners(what: str, found: Detections, wanted: Detections) -> None:
         best = int(distance.argmin())
         if not distance[best] < torch.inf:
             box = ", ".join(f"{side:.1f}" for side in found.boxes_xyxy[row].tolist())
-            raise _refused(f"{what} boxes", f"({box}) alone", "a box as the network gives it")
+            raise refused(f"{what} boxes", f"({box}) alone", "a box as the network gives it")
         free[best] = False
 
 
@@ -242,5 +242,5 @@ def _decoded(outputs: Tensors) -> Decoded:
     return Decoded(*(outputs[name] for name in ALL.values()))
 
 
-def _refused(field: str, got: object, expected: str) -> InputError:
+def refused(field: str, got: object, expected: str) -> InputError:
     return InputError(field, got, expected, "no file was kept; report this model")
