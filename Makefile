@@ -85,12 +85,14 @@ else
 		-m yolop_mtl train $(or $(RECIPE),synthetic) $(ARGS)
 endif
 
-.PHONY: bench bench-e2vpt bench-dnc
-bench: bench-e2vpt bench-dnc ## all benchmarks; each writes bench/NAME.json and prints its table
+.PHONY: bench bench-e2vpt bench-dnc bench-drive
+bench: bench-e2vpt bench-dnc bench-drive ## all benchmarks; each writes bench/NAME.json and prints its table
 bench-e2vpt: $(STAMPS)/e2vpt ## E2VPT against full fine-tuning and the plain backbone
 	$(BIN)/e2vpt bench $(ARGS)
 bench-dnc: $(STAMPS)/dnc ## DNC against softmax and a loop over classes
 	$(BIN)/dnc bench --segmentation $(ARGS)
+bench-drive: $(STAMPS)/yolop_mtl ## YOLOPv2's latency, share of the machine's peak, prediction, loading
+	$(BIN)/yolop-mtl benchmark $(ARGS)
 
 ## tests and checks ---------------------------------------------------------------------------
 
@@ -245,10 +247,10 @@ $(STAMPS)/e2vpt: e2vpt/pyproject.toml $(STAMPS)/shared_utils
 NO_DESKTOP = echo "opencv-python; python_version < '3'" > $(STAMPS)/overrides.txt
 
 $(STAMPS)/yolop_mtl: yolop_mtl/pyproject.toml $(STAMPS)/shared_utils
-	@echo '==> installing yolop_mtl[track]'
+	@echo '==> installing yolop_mtl[openvino,track]'
 	@$(NO_DESKTOP)
 	@$(UV_INSTALL) --constraint $(TORCH_CONSTRAINTS) --override $(STAMPS)/overrides.txt \
-		--editable ./shared_utils --editable './yolop_mtl[track]'
+		--editable ./shared_utils --editable './yolop_mtl[openvino,track]'
 	@touch $@
 
 # With mmsegmentation: nothing of it is compiled.

@@ -7,8 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from yolop_mtl import build_model, model_io
 from yolop_mtl.cli import main
+from yolop_mtl.config import DataConfig, ModelConfig
 from yolop_mtl.synth import SynthConfig, generate
+
+from .networks import enliven
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -59,3 +63,29 @@ def quick_run(tmp_path_factory: pytest.TempPathFactory, quick: list[str]) -> Pat
     runs = tmp_path_factory.mktemp("runs")
     assert main(["train", "synthetic", "--runs-dir", str(runs), "--name", "run", *quick]) == 0
     return runs / "yolop_mtl" / "run"
+
+
+# ---- exported files --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def lively(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a network of three classes, whose random weights find boxes; not to be changed."""
+    folder = tmp_path_factory.mktemp("lively")
+    torch.manual_seed(0)
+    net = enliven(build_model("nano", num_classes=3))
+    for output in net.detection.outputs:
+        torch.nn.init.normal_(output.weight, std=1.0)
+        torch.nn.init.zeros_(output.bias)
+    config, data = ModelConfig(preset="nano"), DataConfig(img_size=(64, 96))
+    model_io.save(net, folder, config=config, data=data, class_names=("car", "bus", "tram"))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def with_nms(tmp_path_factory: pytest.TempPathFactory, lively: Path) -> Path:
+    """The same as ONNX of a fixed size, with suppression inside."""
+    out = tmp_path_factory.mktemp("nms")
+    argv = ["export", str(lively), "--out", str(out), "--nms", "--img-size", "64", "96"]
+    assert main(argv) == 0
+    return out / "model_nms.onnx"

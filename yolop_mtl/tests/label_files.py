@@ -18,6 +18,7 @@ SIDE = [[0.0, 700.0], [500.0, 400.0], [600.0, 400.0], [100.0, 700.0]]
 # Both edges of a painted line, one of them a curve.
 LEFT = [[500.0, 700.0], [520.0, 600.0], [540.0, 500.0], [560.0, 400.0]]
 RIGHT = [[530.0, 700.0], [548.0, 600.0], [564.0, 500.0], [575.0, 400.0]]
+CONDITIONS = {"weather": "rainy", "scene": "city street", "timeofday": "night"}
 NEW_NAMES = {"person": "pedestrian"}
 
 
@@ -41,7 +42,7 @@ def scene_2018(name: str = "a") -> dict[str, Any]:
         {"category": "lane/single white", "attributes": style, "poly2d": poly(RIGHT, "LLLL")},
     ]
     frames = [{"timestamp": 10000, "objects": objects}]
-    return {"name": name, "frames": frames, "attributes": {"weather": "clear"}}
+    return {"name": name, "frames": frames, "attributes": dict(CONDITIONS)}
 
 
 def scene_2020(name: str = "a") -> dict[str, Any]:
@@ -65,7 +66,7 @@ def scene_2020(name: str = "a") -> dict[str, Any]:
         labels.append(
             {"category": "single white", "attributes": style, "poly2d": poly(points, types, False)}
         )
-    return {"name": f"{name}.jpg", "labels": labels}
+    return {"name": f"{name}.jpg", "attributes": dict(CONDITIONS), "labels": labels}
 
 
 def write_json(data: object, path: Path) -> Path:

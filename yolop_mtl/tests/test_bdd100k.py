@@ -8,7 +8,7 @@ import pytest
 
 from yolop_mtl.bdd100k import CATEGORIES, load_records, read_scenes
 from yolop_mtl.lanes import draw_areas, draw_lines, pair_edges
-from yolop_mtl.records import ALL_BDD_CLASSES, VEHICLE_CLASS, Classes
+from yolop_mtl.records import ALL_BDD_CLASSES, VEHICLE_CLASS, Classes, Conditions
 
 from .label_files import BOXES, scene_2018, scene_2020, write_image, write_json
 
@@ -117,7 +117,27 @@ def test_both_trees_are_read(tree: Callable[[Path], None], tmp_path: Path) -> No
 def test_images_alone_are_unlabelled(tmp_path: Path) -> None:
     write_image(tmp_path / "images/val/a.jpg")
     (record,) = load_records(tmp_path, "val", VEHICLE)
-    assert record[1:] == (None, None, None, None)
+    assert record[1:] == (None, None, None, None, Conditions())
+
+
+@pytest.mark.parametrize("tree", [yolop_tree, official_tree])
+def test_conditions_of_both_years(tree: Callable[[Path], None], tmp_path: Path) -> None:
+    tree(tmp_path)
+    labelled, bare = load_records(tmp_path, "val", VEHICLE)
+    assert labelled.conditions == Conditions("rainy", "city street", "night")
+    assert bare.conditions == Conditions("", "", "")
+
+
+def test_a_condition_that_is_not_said_is_empty(tmp_path: Path) -> None:
+    scene = scene_2020() | {"attributes": {"weather": "clear"}}
+    (read,) = read_scenes(write_json([scene], tmp_path / "some.json"))
+    assert read.conditions == Conditions("clear", "", "")
+    del scene["attributes"]
+    (read,) = read_scenes(write_json([scene], tmp_path / "none.json"))
+    assert read.conditions == Conditions()
+    scene["attributes"] = ["clear"]
+    with pytest.raises(ValueError, match=r"entry 0: got AttributeError .*BDD100K's form"):
+        list(read_scenes(write_json([scene], tmp_path / "wrong.json")))
 
 
 def _change(root: Path, change: str) -> None:

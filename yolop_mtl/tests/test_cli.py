@@ -65,7 +65,7 @@ def test_recipes_are_complete(name: str) -> None:
         (["train", "bdd100k", "--data.root", "nowhere"], r"data\.root: got 'nowhere' without imag"),
         (["train", "bdd100k", "--data.source", "coco", "--data.root", "nowhere"], r"nowhere"),
         (["train", "--resume", "nowhere"], r"nowhere/config\.json: got no such file"),
-        (["val", "nowhere"], r"nowhere/config\.json: got no such file"),
+        (["val", "nowhere"], r"nowhere/model\.json: got no such file"),
         (["val", "x", "--iou", "2"], r"iou: got 2\.0, expected 0 or more and at most 1"),
     ],
 )

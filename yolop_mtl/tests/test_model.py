@@ -110,6 +110,18 @@ def test_parameters_folded_completely() -> None:
     assert not [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
 
 
+def test_nearest_neighbours_in_the_place_of_transposed_convolutions() -> None:
+    """A 3x3 convolution has 9 kernels where a 2x2 one has 4, and no bias beside its norm."""
+    usual, other = on_meta("base"), on_meta("base", lane_upsample="nearest")
+    more = 5 * (128 * 128 + 32 * 32 + 8 * 8) - (128 + 32 + 8)
+    assert num_parameters(other) == num_parameters(usual) + more
+    assert not [m for m in other.modules() if isinstance(m, nn.ConvTranspose2d)]
+    model = randomize(nano(lane_upsample="nearest"))
+    x = torch.rand(1, model.lane.deconv1.conv.conv.in_channels, 2, 3)
+    big = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    assert torch.equal(model.lane.deconv1(x), model.lane.deconv1.conv(big))
+
+
 def test_without_attention_the_count_is_not_that_of_the_release() -> None:
     model = fuse(on_meta("base", num_classes=80, use_attention=False).eval())
     assert round(num_parameters(model), -5) == 38_700_000
@@ -277,6 +289,10 @@ def test_a_task_that_is_off_costs_nothing() -> None:
             {"preset": "release", "num_classes": 1},
             "num_classes: got 1 for preset release, expected 80; leave it out, or take preset base",
         ),
+        (
+            {"lane_upsample": "nearst"},
+            r"lane_upsample: got 'nearst', expected a known one; did you mean 'nearest'\?",
+        ),
         ({"num_drivable": 1}, "num_drivable: got 1, expected 2 or more; count the background too"),
         ({"anchors": [[[1, 2]]]}, "anchors: got 1 x 1 x 2, expected 3 scales x anchors x 2; give"),
         (
@@ -324,10 +340,12 @@ def test_each_head_depends_on_its_own_part_of_the_neck() -> None:
 # ---- folding --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("use_repconv", [False, True])
+@pytest.mark.parametrize(
+    "options", [{}, {"use_repconv": True}, {"lane_upsample": "nearest"}], ids=str
+)
 @pytest.mark.parametrize("completely", [False, True])
-def test_a_folded_network_computes_the_same(use_repconv: bool, completely: bool) -> None:
-    model = randomize(nano(use_repconv=use_repconv, num_classes=2))
+def test_a_folded_network_computes_the_same(options: dict[str, object], completely: bool) -> None:
+    model = randomize(nano(**options, num_classes=2))
     folded = fuse(copy.deepcopy(model), completely=completely)
     assert num_parameters(folded) < num_parameters(model)
     images = torch.rand(2, 3, 64, 96)

@@ -13,8 +13,9 @@ from torch import Tensor
 
 import yolop_mtl
 from shared_utils.errors import InputError, MissingFileError
-from yolop_mtl import model_io, predictor
+from yolop_mtl import model_io, packed, predictor
 from yolop_mtl.geometry import Letterbox
+from yolop_mtl.packed import PackedConv
 from yolop_mtl.predictor import Predictor, choose_device
 
 from .deployed import NAMES, SIZE, save_network
@@ -170,7 +171,9 @@ def test_weights_beyond_16_bits_are_refused(
     assert not list(tmp_path.iterdir())
 
 
-def test_bf16_is_that_of_autocast(network: Path) -> None:
+def test_bf16_is_that_of_autocast(network: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where convolutions are not packed, as on a GPU."""
+    monkeypatch.setattr(predictor.packed, "is_available", lambda: False)
     one = yolop_mtl.load(network, precision="bf16-mixed", device="cpu")
     batch, _ = one.prepare([picture(SIZE)])
     raw = one.forward(batch)
@@ -182,6 +185,28 @@ def test_bf16_is_that_of_autocast(network: Path) -> None:
     assert torch.equal(raw["lane"], expected["lane"])
     assert torch.equal(raw["drivable"], expected["drivable"])
     assert one(picture((70, 90))).lanes.shape == (70, 90)
+
+
+@pytest.mark.skipif(not packed.is_available(), reason="this build of torch has no oneDNN")
+@pytest.mark.parametrize(("precision", "off"), [("32-true", 1e-4), ("bf16-mixed", 2e-2)])
+def test_packed_convolutions_give_the_same(
+    network: Path, precision: Any, off: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fast = yolop_mtl.load(network, precision=precision, device="cpu")
+    batch, _ = fast.prepare([picture(SIZE), picture((70, 90))])
+    got = fast.forward(batch)
+    monkeypatch.setattr(predictor.packed, "is_available", lambda: False)
+    plain = yolop_mtl.load(network, device="cpu")
+    expected = plain.forward(batch)
+    assert any(isinstance(part, PackedConv) for part in fast.model.modules())
+    assert not any(isinstance(part, PackedConv) for part in plain.model.modules())
+    assert fast.model.detection.anchors.equal(plain.model.detection.anchors)
+    for mine, other in zip(got["detection"], expected["detection"], strict=True):
+        shares = [x[:, 4::6].float().sigmoid() for x in (mine, other)]
+        torch.testing.assert_close(*shares, rtol=0, atol=off)
+    for task in ("drivable", "lane"):
+        shares = [x.float().sigmoid() for x in (got[task], expected[task])]
+        torch.testing.assert_close(*shares, rtol=0, atol=off)
 
 
 @pytest.mark.parametrize("tasks", [("lane",), ("detection",), ("drivable",)])

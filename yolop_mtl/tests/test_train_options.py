@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,24 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_loses_nothing(
     monkeypatch.setattr(_Training, "_update", update)
     assert main(["train", "--resume", str(folder), "--optim.lr", "1e-4"]) == 0
     assert [row["epoch"] for row in read_metrics(folder)] == [1, 2]
+
+
+def test_a_run_of_a_version_that_lacked_an_option_goes_on(quick_run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "old"
+    shutil.copytree(quick_run, folder)
+    config = read(folder / "config.json")
+    del config["model"]["lane_upsample"]
+    (folder / "config.json").write_text(json.dumps(config))
+    state = checkpoint.load(folder / "last.ckpt")
+    del state["config"]["model"]["lane_upsample"]
+    checkpoint.save(state, folder / "last.ckpt")
+    card = read(folder / "model.json")
+    assert card["model"].pop("lane_upsample") == "deconv"
+    (folder / "model.json").write_text(json.dumps(card))
+    assert main(["train", "--resume", str(folder), "--optim.epochs", "3"]) == 0
+    assert read_metrics(folder)[-1]["epoch"] == 3
+    argv = ["train", "--resume", str(folder), "--model.lane-upsample", "nearest"]
+    assert main(argv) == 2
 
 
 def test_a_run_goes_on_as_what_it_was(quick_run: Path, capsys: Any) -> None:

@@ -175,6 +175,7 @@ def build_network(
         num_drivable=3 if data.area_classes == "three" else 2,
         use_repconv=config.use_repconv,
         use_attention=config.use_attention,
+        lane_upsample=config.lane_upsample,
     )
 
 

@@ -16,7 +16,14 @@ import numpy as np
 from shared_utils.checkpoint import reading
 from shared_utils.errors import InputError, MissingFileError
 from yolop_mtl.lanes import Area, Line, flatten_poly
-from yolop_mtl.records import BDD_CLASSES, BDD_DROPPED, Classes, Record, check_boxes
+from yolop_mtl.records import (
+    BDD_CLASSES,
+    BDD_DROPPED,
+    Classes,
+    Conditions,
+    Record,
+    check_boxes,
+)
 
 SIZE = (720, 1280)  # (H, W) of every image
 CATEGORIES = (*BDD_CLASSES, *BDD_DROPPED)
@@ -48,6 +55,7 @@ class Scene(NamedTuple):
         categories: names as in the file.
         areas: polygons of road.
         lines: edges of painted lines.
+        conditions: weather, scene and time of day.
     """
 
     name: str
@@ -55,6 +63,7 @@ class Scene(NamedTuple):
     categories: list[str]
     areas: list[Area]
     lines: list[Line]
+    conditions: Conditions
 
 
 def read_scenes(path: Path) -> Iterator[Scene]:
@@ -87,7 +96,9 @@ def read_scenes(path: Path) -> Iterator[Scene]:
 
 
 def _read_scene(frame: Mapping[str, Any], where: str) -> Scene:
-    scene = Scene(Path(str(frame["name"])).stem, [], [], [], [])
+    said = frame.get("attributes") or {}  # of the image, in both forms at the same place
+    conditions = Conditions(*(str(said.get(name, "")) for name in Conditions._fields))
+    scene = Scene(Path(str(frame["name"])).stem, [], [], [], [], conditions)
     if "frames" in frame:  # 2018: one image a file
         labels = [label for part in frame["frames"] for label in part["objects"]]
     else:
@@ -217,6 +228,7 @@ def load_records(
                 None if own is None else own.labels,
                 masks["drivable"].get(name),
                 masks["lane"].get(name),
+                Conditions() if own is None else own.conditions,
             )
         )
     return records
@@ -235,7 +247,7 @@ def _load_boxes(path: Path, classes: Classes, size: tuple[int, int] | None) -> d
             kept = [row for row, number in enumerate(numbers) if number is not None]
             boxes = check_boxes([scene.boxes_xyxy[row] for row in kept], size, where)
             labels = np.array([numbers[row] for row in kept], dtype=np.int64)
-            found[scene.name] = Record(Path(scene.name), boxes, labels)
+            found[scene.name] = Record(Path(scene.name), boxes, labels, conditions=scene.conditions)
     return found
 
 

@@ -74,6 +74,19 @@ class Deconv(nn.Module):
             self.norm = None
 
 
+class Upconv(nn.Module):
+    """Nearest-neighbour doubling and a 3x3 convolution, in the place of `Deconv`."""
+
+    def __init__(self, in_chans: int, out_chans: int) -> None:
+        """Build."""
+        super().__init__()
+        self.conv = Conv(in_chans, out_chans, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C', 2H, 2W)."""
+        return cast(Tensor, self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest")))
+
+
 class RepConv(nn.Module):
     """A 3x3 and a 1x1 convolution side by side, each with its norm, summed, SiLU.
 
@@ -181,7 +194,7 @@ class SPPCSPC(nn.Module):
     """Spatial pyramid pooling beside a shortcut."""
 
     def __init__(self, in_chans: int, out_chans: int, *, kernels: Sequence[int] = (5, 9, 13)):
-        """Build; `kernels` of the pools, odd, in cells."""
+        """Build; `kernels` of the pools, odd, in cells, ascending."""
         super().__init__()
         self.kernels = tuple(kernels)
         self.before = nn.Sequential(
@@ -196,7 +209,12 @@ class SPPCSPC(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, out_chans, H, W)."""
         main = self.before(x)
-        pools = [F.max_pool2d(main, size, 1, size // 2) for size in self.kernels]
+        pools, last, seen = [], main, 1
+        for size in self.kernels:
+            # The largest of the largest: what a smaller pool has seen need not be looked at again.
+            step = size - seen + 1
+            last, seen = F.max_pool2d(last, step, 1, step // 2), size
+            pools.append(last)
         main = self.after(torch.cat([main, *pools], 1))
         return cast(Tensor, self.out(torch.cat([main, self.shortcut(x)], 1)))
 

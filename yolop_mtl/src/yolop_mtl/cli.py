@@ -26,9 +26,7 @@ def _train(argv: Sequence[str]) -> None:
 def _val(argv: Sequence[str]) -> None:
     from yolop_mtl.val import ValConfig, val
 
-    cfg = parse(ValConfig, argv, prog="yolop-mtl val", about=ValConfig.__doc__ or "")
-    for name, value in val(cfg).items():
-        print(f"{name} {value:.4f}")
+    val(parse(ValConfig, argv, prog="yolop-mtl val", about=ValConfig.__doc__ or ""))
 
 
 def _predict(argv: Sequence[str]) -> None:
@@ -58,10 +56,42 @@ def _anchors(argv: Sequence[str]) -> None:
     run_anchors(parse(AnchorsConfig, argv, prog="yolop-mtl anchors", about=about))
 
 
+def _ablate(argv: Sequence[str]) -> None:
+    from yolop_mtl.ablate import AblateConfig, ablate
+
+    ablate(parse(AblateConfig, argv, prog="yolop-mtl ablate", about=AblateConfig.__doc__ or ""))
+
+
+def _benchmark(argv: Sequence[str]) -> None:
+    from yolop_mtl.benchmark import BenchmarkConfig, benchmark
+
+    about = BenchmarkConfig.__doc__ or ""
+    benchmark(parse(BenchmarkConfig, argv, prog="yolop-mtl benchmark", about=about))
+
+
+def _export(argv: Sequence[str]) -> None:
+    from yolop_mtl.export import ExportConfig, export
+
+    about = ExportConfig.__doc__ or ""
+    for written in export(parse(ExportConfig, argv, prog="yolop-mtl export", about=about)):
+        print(written)
+
+
+def _import_weights(argv: Sequence[str]) -> None:
+    from yolop_mtl.import_weights import ImportConfig, import_weights
+
+    about = ImportConfig.__doc__ or ""
+    print(import_weights(parse(ImportConfig, argv, prog="yolop-mtl import-weights", about=about)))
+
+
 COMMANDS: Mapping[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "train": (_train, "train the network on one to three tasks"),
-    "val": (_val, "measure a run again, or on other data: strict and legacy figures"),
+    "val": (_val, "measure a network: strict and legacy figures, conditions, curves, speed"),
     "predict": (_predict, "draw what is found into images, a video or what a camera sees"),
+    "export": (_export, "write the network for other programs, checked against it"),
+    "import-weights": (_import_weights, "take the released network, or weights of other files"),
+    "benchmark": (_benchmark, "time the network and what is around it on this machine"),
+    "ablate": (_ablate, "train the paper's ablation over seeds, with a table"),
     "synth": (_synth, "generate driving scenes in BDD100K's form"),
     "prepare": (_prepare, "check labels, convert them, draw lane masks from polygons"),
     "anchors": (_anchors, "fit anchors to the boxes of a data set"),
@@ -79,7 +109,7 @@ def _dispatch(words: Sequence[str]) -> None:
     if not words or words[0] in HELP:
         print("usage: yolop-mtl COMMAND [OPTIONS]\n\ncommands (each has --help):")
         for name, (_, what) in COMMANDS.items():
-            print(f"  {name:<10} {what}")
+            print(f"  {name:<14} {what}")
         return
     if words[0] not in COMMANDS:
         do = near_miss(words[0], COMMANDS)

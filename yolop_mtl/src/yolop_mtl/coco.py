@@ -64,8 +64,8 @@ def load_records(root: Path, split: str, classes: Classes | None = None) -> list
     for name, image in images.items():
         own = boxes.get(name, Record(image))
         masks = [root / kind / split / f"{image.stem}.png" for kind in ("drivable", "lane")]
-        found = [mask if mask.is_file() else None for mask in masks]
-        records.append(Record(image, own.boxes_xyxy, own.labels, *found))
+        drivable, lane = (mask if mask.is_file() else None for mask in masks)
+        records.append(Record(image, own.boxes_xyxy, own.labels, drivable, lane))
     return records
 
 

@@ -10,6 +10,7 @@ import tyro
 
 from shared_utils.errors import InputError
 from yolop_mtl.augment_config import AugmentConfig
+from yolop_mtl.heads import Upsample
 from yolop_mtl.losses import Assign, Reduce
 from yolop_mtl.masks import AreaClasses, MaskFormat, check_format
 from yolop_mtl.model import MAX_STRIDE, TASKS, Task, check_tasks
@@ -44,6 +45,8 @@ class ModelConfig:
     """train the box head's 3x3 convolutions with a 1x1 beside, folded afterwards"""
     use_attention: bool = True
     """channel attention in the lane head, which the released network has"""
+    lane_upsample: Upsample = "deconv"
+    """how the lane head doubles sizes: deconv, or nearest (neighbours and a 3x3 convolution)"""
     anchors: Literal["coco", "auto", "explicit"] = "coco"
     """boxes to start from: the released network's (coco), fitted to the training boxes (auto), or
     those of anchor_sizes (explicit)"""

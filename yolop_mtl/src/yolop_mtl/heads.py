@@ -5,15 +5,17 @@ Paper: Han et al., YOLOPv2 (arXiv 2208.11434), Sec. 3; layers as in the released
 
 import math
 from collections.abc import Sequence
-from typing import cast
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from yolop_mtl.blocks import CSP, ChannelAttention, Conv, Deconv, Implicit, RepConv
+from shared_utils.errors import InputError, near_miss
+from yolop_mtl.blocks import CSP, ChannelAttention, Conv, Deconv, Implicit, RepConv, Upconv
 from yolop_mtl.boxes import check_anchors
 
+Upsample = Literal["deconv", "nearest"]
 OBJECTS_PER_IMAGE = 8  # what objectness expects at the start, on an image of PRIOR_SIZE squared
 PRIOR_SIZE = 640
 CLASS_PRIOR = 0.6
@@ -136,7 +138,7 @@ class DrivableHead(nn.Module):
 
 
 class LaneHead(nn.Module):
-    """Stride 8 to full size in three transposed convolutions; one logit.
+    """Stride 8 to full size in three transposed convolutions (or `Upconv`); one logit.
 
     Starts with the share of lanes that is to be expected. From one half, as a norm starts, a nano
     network needed over a hundred steps before the overlap of a thin line began to grow.
@@ -150,6 +152,7 @@ class LaneHead(nn.Module):
         csp_widths: Sequence[int],
         attention_width: int | None,
         use_deconv_bias: bool = True,
+        upsample: Upsample = "deconv",
     ) -> None:
         """Build.
 
@@ -160,21 +163,35 @@ class LaneHead(nn.Module):
             csp_widths: of the two CSP blocks, 64 and 8 in the release.
             attention_width: of the channel attention's middle; None leaves attention out.
             use_deconv_bias: a bias beside each norm of a transposed convolution.
+            upsample: deconv, or nearest: nearest neighbours and a 3x3 convolution, as the paper's
+                predecessor has it.
+
+        Raises: InputError for another `upsample`.
         """
         super().__init__()
+        if upsample not in get_args(Upsample):
+            do = near_miss(upsample, get_args(Upsample))
+            raise InputError("lane_upsample", f"'{upsample}'", "a known one", do)
+
+        def double(channels: int, out_chans: int) -> nn.Module:
+            if upsample == "nearest":
+                return Upconv(channels, out_chans)
+            return Deconv(channels, out_chans, bias=use_deconv_bias)
+
         first, second, third, fourth = widths
         inner, last = csp_widths
         self.attention = None
         if attention_width is not None:
             self.attention = ChannelAttention(in_chans, attention_width)
         self.conv1 = Conv(in_chans, first, 3)
-        self.deconv1 = Deconv(first, first, bias=use_deconv_bias)
+        # Called so whatever they are made of, so that weights keep their names.
+        self.deconv1 = double(first, first)
         self.csp1 = CSP(first, inner)
         self.conv2 = Conv(inner, second, 3)
-        self.deconv2 = Deconv(second, second, bias=use_deconv_bias)
+        self.deconv2 = double(second, second)
         self.conv3 = Conv(second, third, 3)
         self.csp2 = CSP(third, last)
-        self.deconv3 = Deconv(last, fourth, bias=use_deconv_bias)
+        self.deconv3 = double(last, fourth)
         self.output = Conv(fourth, 1, 3, act=False)
         nn.init.constant_(
             cast(nn.BatchNorm2d, self.output.norm).bias, math.log(LANE_PRIOR / (1 - LANE_PRIOR))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from shared_utils.errors import InputError, near_miss
 from yolop_mtl.blocks import CSP, Conv, Deconv, RepConv
 from yolop_mtl.boxes import COCO_ANCHORS
-from yolop_mtl.heads import DetectionHead, DrivableHead, LaneHead
+from yolop_mtl.heads import DetectionHead, DrivableHead, LaneHead, Upsample
 from yolop_mtl.trunk import STRIDES, Backbone, Neck, scaled
 
 Task = Literal["detection", "drivable", "lane"]
@@ -115,6 +115,7 @@ def build_model(
     use_repconv: bool = False,
     use_attention: bool = True,
     use_deconv_bias: bool = True,
+    lane_upsample: Upsample = "deconv",
 ) -> YOLOPv2:
     """Build a network with random weights; torch's seed decides them.
 
@@ -128,8 +129,9 @@ def build_model(
             folded, does not tell.
         use_attention: channel attention in the lane head, which the release has.
         use_deconv_bias: a bias in the lane head's transposed convolutions beside their norm.
+        lane_upsample: how the lane head doubles sizes: deconv, or nearest with a 3x3 convolution.
 
-    Raises: InputError for an unknown preset or task, or a number that cannot be.
+    Raises: InputError for an unknown preset, task or `lane_upsample`, or a number that cannot be.
     """
     if preset not in PRESETS:
         raise InputError("preset", f"'{preset}'", "a known one", near_miss(preset, PRESETS))
@@ -174,6 +176,7 @@ def build_model(
             csp_widths=widths(64, 8),
             attention_width=2 * neck.f3_chans if use_attention else None,
             use_deconv_bias=use_deconv_bias,
+            upsample=lane_upsample,
         )
     return YOLOPv2(backbone=backbone, neck=neck, detection=detection, drivable=drivable, lane=lane)
 

@@ -65,6 +65,7 @@ def save(
             "num_drivable": num_drivable,
             "use_repconv": config.use_repconv,
             "use_attention": config.use_attention,
+            "lane_upsample": config.lane_upsample,
         },
         "class_names": list(class_names),
         "drivable_names": list(AREAS[:num_drivable]),

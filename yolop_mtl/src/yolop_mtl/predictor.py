@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from shared_utils.errors import InputError, near_miss
-from yolop_mtl import model_io
+from yolop_mtl import model_io, packed
 from yolop_mtl.boxes import Detections
 from yolop_mtl.config import Precision
 from yolop_mtl.geometry import Letterbox, Pixels, fit, fit_long_side
@@ -41,7 +41,8 @@ class Predictor:
     """A network with what is done before and after it.
 
     Attributes:
-        model: fused, in eval mode, channels last, on `device`.
+        model: fused, in eval mode, channels last, on `device`; on a CPU packed for oneDNN, unless
+            it is compiled.
         class_names: of boxes, by number.
         img_size: (H, W) of the network's input; with `long_side` that of an image of its aspect.
         long_side: longer side of the input, whose other side follows the images; None: all inputs
@@ -88,7 +89,11 @@ class Predictor:
         # Not in the types of Module.to.
         self.model = fused.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._lower = LOWER[precision]
-        if self._lower is not None:
+        is_on_cpu = self.device.type == "cpu" and packed.is_available()
+        if is_on_cpu and not compile and self._lower != torch.float16:
+            packed.pack(self.model, img_size, dtype=self._lower)
+            self._lower = None  # done
+        elif self._lower is not None:
             _lower_kernels(self.model, self._lower)
         self._run: Any = torch.compile(self.model) if compile else self.model
         if compile:

@@ -1,7 +1,6 @@
 """Start from weights in a local file: what fits by name and shape, or a trunk by order and shape.
 
-The trunk is YOLOv7-base's layer for layer, so weights of that network fit it under other names. The
-order of layers in its files is a fact of the format; nothing of its code is here.
+The trunk is YOLOv7-base's layer for layer, so weights of that network fit it under other names.
 """
 
 import re
@@ -9,16 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from shared_utils import checkpoint
 from shared_utils.errors import InputError
-from yolop_mtl.blocks import SPPCSPC, Conv
+from yolop_mtl.layer_order import TRUNK, fit, read_layers, trunk_order
 from yolop_mtl.model import YOLOPv2
 
-TRUNK = ("backbone", "neck")
 ANCHORS = "detection.anchors"  # these are the configuration's
-NORM = ("weight", "bias", "running_mean", "running_var")
 
 
 class LoadReport(NamedTuple):
@@ -98,44 +95,10 @@ def _by_order(model: YOLOPv2, tensors: Mapping[str, Tensor]) -> tuple[dict[str, 
     """
     found: dict[str, Tensor] = {}
     used: set[str] = set()
-    own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    for prefix, block in zip(_trunk_convs(model), _blocks(tensors), strict=False):
-        names = [f"{prefix}.conv.weight", *(f"{prefix}.norm.{part}" for part in NORM)]
-        pairs = dict(zip(names, block, strict=True))
-        if any(own[ours].shape != tensors[theirs].shape for ours, theirs in pairs.items()):
+    for name, kernel in zip(trunk_order(model), read_layers(tensors).kernels, strict=False):
+        fitted = fit(model, name, kernel)
+        if fitted is None:
             break
-        found |= {ours: tensors[theirs] for ours, theirs in pairs.items()}
-        used |= set(block)
+        found |= fitted
+        used |= set(kernel.names)
     return found, used
-
-
-def _trunk_convs(model: YOLOPv2) -> list[str]:
-    """Names of the trunk's convolutions in the order of such files: a pyramid's shortcut second."""
-    names = []
-    for part in TRUNK:
-        inside = {name for name, m in _children(model, part) if isinstance(m, SPPCSPC)}
-        late = [f"{name}.before.{place}" for name in inside for place in (1, 2)]
-        late += [f"{name}.after.{place}" for name in inside for place in (0, 1)]
-        late += [f"{name}.out" for name in inside]
-        plain = [name for name, m in _children(model, part) if isinstance(m, Conv)]
-        for name in plain:
-            if name not in late:
-                names.append(name)
-            if name.removesuffix(".shortcut") in inside:
-                names += late
-    return names
-
-
-def _children(model: YOLOPv2, part: str) -> list[tuple[str, nn.Module]]:
-    return [(f"{part}.{name}", m) for name, m in getattr(model, part).named_modules() if name]
-
-
-def _blocks(tensors: Mapping[str, Tensor]) -> list[list[str]]:
-    """Convolutions with a norm: names of the kernel, then of the norm's tensors as in `NORM`."""
-    blocks: dict[str, dict[str, str]] = {}
-    for name, tensor in tensors.items():
-        block, _, part = name.rpartition(".")
-        role = "kernel" if tensor.ndim == 4 else part
-        blocks.setdefault(block.rpartition(".")[0], {})[role] = name
-    roles = ("kernel", *NORM)
-    return [[block[r] for r in roles] for block in blocks.values() if block.keys() >= set(roles)]

@@ -24,6 +24,22 @@ VEHICLE_CLASS: Mapping[str, tuple[str, ...]] = {"vehicle": VEHICLES}
 ALL_BDD_CLASSES: Mapping[str, tuple[str, ...]] = {name: (name,) for name in BDD_CLASSES}
 
 
+class Conditions(NamedTuple):
+    """Under what an image was taken, in the label file's own words; "" where it does not say.
+
+    BDD100K's words, `undefined` among them, are listed on its site.
+
+    Attributes:
+        weather: clear, rainy, ...
+        scene: highway, city street, ...
+        timeofday: daytime, night, dawn/dusk.
+    """
+
+    weather: str = ""
+    scene: str = ""
+    timeofday: str = ""
+
+
 class Record(NamedTuple):
     """An image and its labels, in pixels of the image file.
 
@@ -33,6 +49,7 @@ class Record(NamedTuple):
         labels: (T,) int64 class numbers; None with the boxes.
         drivable: mask file, or None.
         lane: mask file, or None.
+        conditions: weather, scene and time of day.
     """
 
     image: Path
@@ -40,6 +57,7 @@ class Record(NamedTuple):
     labels: NDArray[np.int64] | None = None
     drivable: Path | None = None
     lane: Path | None = None
+    conditions: Conditions = Conditions()
 
 
 class Classes:

@@ -21,7 +21,7 @@ from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 from shared_utils import checkpoint
-from shared_utils.config import save_json, to_dict
+from shared_utils.config import from_dict, save_json, to_dict
 from shared_utils.errors import InputError, Interrupted
 from shared_utils.run_log import RunLog, open_run
 from shared_utils.seeding import seed_all
@@ -351,7 +351,9 @@ class _Training:
         """The last checkpoint of the run to go on with, if it fits the configuration."""
         state, warning = checkpoint.load_last(self.folder / "last.ckpt")
         self.notes += [f"warning: {warning}"] * bool(warning)
-        before, now = state["config"], to_dict(self.cfg)
+        # Of an earlier version's run a newer option is what it was without.
+        before = to_dict(from_dict(TrainConfig, state["config"]))
+        now = to_dict(self.cfg)
         for group, names in FIXED.items():
             for name in names or now[group]:
                 old, new = before[group][name], now[group][name]
