@@ -202,6 +202,12 @@ def _confidence_for(found: Sequence[Tensors]) -> float:
 def compare_kept(what: str, found: Tensors, decoded: Decoded, how: Suppression) -> int:
     """Boxes that a file kept against those that `boxes.suppress` keeps; returns how many.
 
+    Args:
+        what: the file's format, for the message.
+        found: outputs of the file.
+        decoded: all boxes and scores.
+        how: thresholds.
+
     Raises: InputError unless each has one partner of its class with IoU > 0.99 and a score less
         than 0.001 away, and rows that are no boxes say so.
     """
@@ -243,4 +249,5 @@ def _decoded(outputs: Tensors) -> Decoded:
 
 
 def refused(field: str, got: object, expected: str) -> InputError:
+    """What is raised of a file that is not kept."""
     return InputError(field, got, expected, "no file was kept; report this model")
