@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision.ops import box_iou
 
 import yolop_mtl
 
@@ -49,7 +48,8 @@ def test_the_example_on_an_image(
     is_inside = (boxes[:, :2] < boxes[:, 2:]).all(1)
     # Pillow and torch scale images alike up to one level, which moves a box near a threshold.
     assert abs(int(is_inside.sum()) - len(result.scores)) <= 0.05 * len(result.scores)
-    same = box_iou(torch.from_numpy(result.boxes_xyxy), boxes) > 0.95
+    apart = (torch.from_numpy(result.boxes_xyxy)[:, None] - boxes).abs().amax(2)
+    same = apart < 0.5  # pixels
     labels = [result.class_names.index(line[0]) for line in lines]
     same &= torch.from_numpy(result.labels)[:, None] == torch.tensor(labels)
     scores = torch.tensor([float(line[1]) for line in lines])
