@@ -95,7 +95,7 @@ def test_openvino_of_any_size(files: Path, lively: Path, size: tuple[int, int, i
     facts = openvino.Core().read_model(files / "model.xml").get_rt_info(["yolop_mtl", "tasks"])
     assert json.loads(facts.astype(str)) == ["detection", "drivable", "lane"]
     images = blocks(*size)
-    found = export_check.open_openvino(files / "model.xml")(images)
+    found = export_check.open_openvino(files / "model.xml", OUTPUTS)(images)
     assert_same(found, expected(lively, images))
 
 
@@ -394,6 +394,7 @@ def test_further_forms(lively: Path, options: dict[str, object], name: str, tmp_
         pytest.importorskip("openvino")
     done = export(ExportConfig(source=lively, out=tmp_path, **options))
     assert done[0].path.name == name
-    assert all(0 <= value < 1 for one in done for value in one.differences.values())
+    limit = 5 if options.get("half") else 0.01  # of boxes, in pixels
+    assert all(0 <= value < limit for one in done for value in one.differences.values())
     if options.get("nms"):
         assert all(one.num_suppressed > 20 for one in done)
