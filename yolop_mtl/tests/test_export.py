@@ -15,17 +15,16 @@ from onnx import parser
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from yolop_mtl import build_model, export_check, export_graph, export_onnx, model_io
+from yolop_mtl import build_model, export_check, export_graph, model_io
 from yolop_mtl.boxes import Decoded, decode, suppress
 from yolop_mtl.cli import main
 from yolop_mtl.config import DataConfig, ModelConfig
 from yolop_mtl.export import ExportConfig, export
-from yolop_mtl.export_graph import Shape
 from yolop_mtl.export_onnx import SUPPRESSION, Suppression
 from yolop_mtl.model import PRESETS
 from yolop_mtl.postprocess import detect
 
-from .networks import enliven
+from .networks import blocks, enliven
 
 SIZES = [(1, 64, 96), (2, 128, 64), (3, 96, 160)]
 OUTPUTS = ["boxes", "scores", "drivable", "lane"]
@@ -42,11 +41,6 @@ def files(tmp_path_factory: pytest.TempPathFactory, lively: Path) -> Path:
     return out
 
 
-def noise(batch: int, height: int, width: int) -> Tensor:
-    generator = torch.Generator().manual_seed(height)
-    return torch.rand(batch, 3, height, width, generator=generator)
-
-
 def expected(folder: Path, images: Tensor) -> dict[str, Tensor]:
     model = model_io.load(folder).model
     with torch.no_grad():
@@ -59,7 +53,7 @@ def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
     assert list(found) == list(wanted)
     for name, x in wanted.items():
         assert found[name].dtype == torch.float32
-        torch.testing.assert_close(found[name], x, atol=1e-3 * float(x.abs().max()), rtol=0)
+        torch.testing.assert_close(found[name], x, atol=1e-4 * float(x.abs().max()), rtol=0)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -73,7 +67,7 @@ def test_onnx_of_any_size(files: Path, lively: Path, size: tuple[int, int, int])
         "drivable": ["batch", 2, "height", "width"],
         "lane": ["batch", 1, "height", "width"],
     }
-    images = noise(*size)
+    images = blocks(*size)
     found = [torch.from_numpy(x) for x in session.run(OUTPUTS, {"images": images.numpy()})]
     assert_same(dict(zip(OUTPUTS, found, strict=True)), expected(lively, images))
 
@@ -90,7 +84,7 @@ def test_files_of_torch_of_any_size(
         with pytest.warns(DeprecationWarning, match=r"torch\.jit\.load"):
             module = torch.jit.load(path, _extra_files=facts)
     assert json.loads(facts["metadata.json"])["class_names"] == ["car", "bus", "tram"]
-    images = noise(*size)
+    images = blocks(*size)
     with torch.no_grad():
         assert_same(module(images), expected(lively, images))
 
@@ -100,8 +94,8 @@ def test_openvino_of_any_size(files: Path, lively: Path, size: tuple[int, int, i
     openvino = pytest.importorskip("openvino")
     facts = openvino.Core().read_model(files / "model.xml").get_rt_info(["yolop_mtl", "tasks"])
     assert json.loads(facts.astype(str)) == ["detection", "drivable", "lane"]
-    images = noise(*size)
-    found = export_check.open_openvino(files / "model.xml")(images)
+    images = blocks(*size)
+    found = export_check.open_openvino(files / "model.xml", OUTPUTS)(images)
     assert_same(found, expected(lively, images))
 
 
@@ -149,7 +143,7 @@ def test_suppression_in_the_file_keeps_the_same_boxes(with_nms: Path, lively: Pa
         "drivable": ["batch", 2, 64, 96],
         "lane": ["batch", 1, 64, 96],
     }
-    images = noise(3, 64, 96)
+    images = blocks(3, 64, 96)
     found = dict(zip(shapes, session.run(list(shapes), {"images": images.numpy()}), strict=True))
     model = model_io.load(lively).model
     with torch.no_grad():
@@ -283,7 +277,7 @@ def test_raw_maps_of_one_task_and_16_bits(tmp_path: Path) -> None:
     options = {"format": ("torchscript",), "raw": True, "half": True}
     (done,) = export(ExportConfig(source=tmp_path / "model.safetensors", **options))
     assert done.path == tmp_path / "model_raw_fp16.torchscript"
-    images = noise(2, 64, 64)
+    images = blocks(2, 64, 64)
     found = export_graph.load_torchscript(done.path)(images)
     assert [(name, tuple(x.shape)) for name, x in found.items()] == [
         ("detection_s8", (2, 21, 8, 8)),
@@ -297,18 +291,19 @@ def test_raw_maps_of_one_task_and_16_bits(tmp_path: Path) -> None:
         difference = float((got - x).abs().max())
         assert 0 < difference < 0.02 * float(x.abs().max())
     assert done.differences.keys() == found.keys()
-    assert re.search(
-        r"\(0\.\d MiB\) differs from the network by at most: detection_s16 ", str(done)
-    )
-    for option in ("nms", "raw"):
-        with pytest.raises(
-            ValueError, match=rf"{option}: got a network for lane, expected one for"
-        ):
-            lanes = tmp_path / "lanes"
-            config = ModelConfig(preset="nano", tasks=("lane",))
-            net = build_model("nano", tasks=("lane",))
-            model_io.save(net, lanes, config=config, data=data, class_names=("a",))
-            export(ExportConfig(source=lanes, **{option: True}))
+    assert "(1.3 MiB) differs from the network by at most: detection_s8 0.00" in str(done)
+
+
+@pytest.mark.parametrize("option", ["nms", "raw"])
+def test_boxes_of_a_network_for_lanes(option: str, tmp_path: Path) -> None:
+    config = ModelConfig(preset="nano", tasks=("lane",))
+    net = build_model("nano", tasks=("lane",))
+    model_io.save(net, tmp_path, config=config, data=DataConfig(), class_names=("a",))
+    cfg = ExportConfig(source=tmp_path, **{option: True})
+    with pytest.raises(
+        ValueError, match=rf"{option}: got a network for lane, expected one for box"
+    ):
+        export(cfg)
 
 
 @pytest.mark.parametrize(
@@ -399,6 +394,7 @@ def test_further_forms(lively: Path, options: dict[str, object], name: str, tmp_
         pytest.importorskip("openvino")
     done = export(ExportConfig(source=lively, out=tmp_path, **options))
     assert done[0].path.name == name
-    assert all(0 <= value < 1 for one in done for value in one.differences.values())
+    limit = 5 if options.get("half") else 0.01  # of boxes, in pixels
+    assert all(0 <= value < limit for one in done for value in one.differences.values())
     if options.get("nms"):
         assert all(one.num_suppressed > 20 for one in done)

@@ -251,7 +251,9 @@ class _Job:
                 model.set_rt_info(json.dumps(value), ["yolop_mtl", key])
             # Weights as they are: 32 bits, or 16 where half asks for it.
             openvino.save_model(model, path, compress_to_fp16=False)
-            result = self.compared("openvino", check.open_openvino(path))
+            result = self.compared(
+                "openvino", check.open_openvino(path, list(self.facts["outputs"]))
+            )
         return result
 
     def write_tensorrt(self) -> Exported:

@@ -19,6 +19,7 @@ TOLERANCE = 1e-4  # of boxes: times the longer side; of scores; of maps: times t
 HALF_TOLERANCE = 2e-2
 SMALLEST = 0.01  # maps whose values are all smaller are compared as if this were the largest
 SAME_IOU, SAME_SCORE = 0.99, 1e-3
+SAME_SIDE = 0.01  # pixels; of a box without width IoU says nothing
 LOOKED_AT = 50  # boxes of an image that pass the threshold where suppression is compared
 OTHER_SIZE, OTHER_BATCH = (128, 64), 3
 
@@ -58,8 +59,13 @@ def open_torch_export(path: Path) -> Runner:
     return _quiet(torch.export.load(path).module())
 
 
-def open_openvino(path: Path) -> Runner:
-    """An OpenVINO model on the CPU, in 32 bits, which it would leave on CPUs that have bf16."""
+def open_openvino(path: Path, names: Sequence[str]) -> Runner:
+    """An OpenVINO model on the CPU, in 32 bits, which it would leave on CPUs that have bf16.
+
+    Args:
+        path: of the .xml.
+        names: of its outputs, which may have others beside.
+    """
     import openvino
 
     options = {"INFERENCE_PRECISION_HINT": "f32"}
@@ -67,10 +73,7 @@ def open_openvino(path: Path) -> Runner:
 
     def run(images: Tensor) -> Outputs:
         found = compiled({INPUT: images.numpy()})
-        return {
-            output.get_any_name(): torch.from_numpy(found[output].copy())
-            for output in compiled.outputs
-        }
+        return {name: torch.from_numpy(found[name].copy()) for name in names}
 
     return run
 
@@ -202,8 +205,14 @@ def _confidence_for(found: Sequence[Tensors]) -> float:
 def compare_kept(what: str, found: Tensors, decoded: Decoded, how: Suppression) -> int:
     """Boxes that a file kept against those that `boxes.suppress` keeps; returns how many.
 
-    Raises: InputError unless each has one partner of its class with IoU > 0.99 and a score less
-        than 0.001 away, and rows that are no boxes say so.
+    Args:
+        what: the file's format, for the message.
+        found: outputs of the file.
+        decoded: all boxes and scores.
+        how: thresholds.
+
+    Raises: InputError unless each has one partner of its class with IoU > 0.99 (or all sides
+        less than 0.01 pixels away) and a score less than 0.001 away, and rows that are no boxes say so.
     """
     expected = suppress(
         decoded, conf_threshold=how.conf, iou_threshold=how.iou, max_detections=how.max_det
@@ -224,7 +233,8 @@ def _check_partners(what: str, found: Detections, wanted: Detections) -> None:
     """Raise InputError for a box without a partner."""
     overlap = box_iou(found.boxes_xyxy, wanted.boxes_xyxy)
     apart = (found.scores[:, None] - wanted.scores).abs()
-    fits = (overlap > SAME_IOU) & (apart < SAME_SCORE)
+    sides = (found.boxes_xyxy[:, None] - wanted.boxes_xyxy).abs().amax(2)
+    fits = ((overlap > SAME_IOU) | (sides < SAME_SIDE)) & (apart < SAME_SCORE)
     fits &= found.labels[:, None] == wanted.labels
     free = torch.ones(len(wanted.scores), dtype=torch.bool)
     for row, near in enumerate(fits):
@@ -243,4 +253,5 @@ def _decoded(outputs: Tensors) -> Decoded:
 
 
 def refused(field: str, got: object, expected: str) -> InputError:
+    """What is raised of a file that is not kept."""
     return InputError(field, got, expected, "no file was kept; report this model")
