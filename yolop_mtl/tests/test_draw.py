@@ -68,6 +68,38 @@ def test_names_stay_in_the_picture_and_the_best_box_is_on_top() -> None:
     assert (overlay(GREY, boxes_xyxy=np.zeros((0, 4), np.float32)) == GREY).all()
 
 
+def test_lane_lines_are_white_on_black() -> None:
+    line = np.array([[20.0, 100], [100, 20]], dtype=np.float32)
+    drawn = overlay(GREY, lane_lines=[line])
+    assert (drawn[60, 60] == 255).all()
+    assert (drawn[20:100].min(2) < 60).any()
+    assert (drawn[:10] == 128).all()
+    assert (overlay(GREY, lane_lines=[]) == GREY).all()
+
+
+def test_a_track_has_its_number_and_none_has_none() -> None:
+    def drawn(number: int) -> np.ndarray:
+        return overlay(GREY, boxes_xyxy=BOX, labels=np.array([0]), track_ids=np.array([number]))
+
+    plain = overlay(GREY, boxes_xyxy=BOX, labels=np.array([0]))
+    assert (drawn(0) == plain).all()
+    assert (drawn(7) != plain).any()
+    assert (drawn(7) != drawn(8)).any()
+
+
+def test_colours_are_explained() -> None:
+    mask = np.zeros((120, 200), dtype=bool)
+    both = overlay(GREY, drivable=mask, lane=mask, is_explained=True)
+    rows = [(both[:, 1] == np.array(color)).all(1) for color in (DRIVABLE, LANE)]
+    assert min(row.sum() for row in rows) >= 8
+    assert rows[0].argmax() == 0
+    assert rows[1].argmax() == rows[0].sum()  # one below the other
+    assert (both[60:] == 128).all()
+    only = overlay(GREY, lane=mask, is_explained=True)
+    assert not (only == np.array(DRIVABLE)).all(2).any()
+    assert (overlay(GREY, is_explained=True) == GREY).all()
+
+
 def test_a_sheet() -> None:
     black, small = np.zeros((20, 30, 3), np.uint8), np.zeros((10, 10, 3), np.uint8)
     drawn = sheet([black, small, black], 2)

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from yolop_mtl.geometry import PADDING, fit, fit_long_side
 
@@ -75,3 +76,17 @@ def test_wrong_sizes_are_refused() -> None:
         fit((5, 5), (60, 64))
     with pytest.raises(ValueError, match="img_size: got 600, expected a multiple of 32; round it"):
         fit_long_side((5, 5), 600)
+
+
+@pytest.mark.parametrize("size", [(720, 1280), (333, 500), (31, 17), (1, 1)])
+def test_images_are_scaled_as_pillow_does(size: tuple[int, int]) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    pixels.flags.writeable = False
+    box = fit(size, (96, 160))
+    scaled = box.image(pixels)[box.rows, box.columns]
+    height, width = box.inner
+    expected = Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR)
+    assert np.abs(scaled.astype(int) - np.asarray(expected)).max() <= 1
+    # Views that step backwards through memory are images too.
+    turned = box.image(pixels[::-1, ::-1])[box.rows, box.columns][::-1, ::-1]
+    assert np.abs(turned.astype(int) - scaled).max() <= 1

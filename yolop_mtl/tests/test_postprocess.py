@@ -126,3 +126,13 @@ def test_native_lanes_follow_the_threshold() -> None:
     logits = torch.nn.functional.pad(logits.expand(1, 96, 30), (0, 130), value=-9.0)
     found = [int(native_lane(logits, box, threshold).sum()) for threshold in (0.2, 0.5, 0.8)]
     assert found == [30 * 96, 20 * 96, 10 * 96]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", [(40, 60), (41, 200), (20, 90), (7, 5), (1, 1)])
+def test_maps_are_scaled_as_torch_does(channels: int, size: tuple[int, int]) -> None:
+    maps = torch.rand(channels, 20, 30, generator=torch.Generator().manual_seed(0))
+    expected = torch.nn.functional.interpolate(
+        maps[None], size, mode="bilinear", align_corners=False, antialias=True
+    )
+    assert torch.allclose(postprocess._resize(maps, size), expected[0], atol=1e-4)

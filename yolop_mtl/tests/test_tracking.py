@@ -57,6 +57,6 @@ def test_frames_without_vehicles() -> None:
 @pytest.mark.parametrize("missing", ["supervision", "trackers"])
 def test_without_the_libraries(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, missing, None)
-    message = r"track: got no .*, expected supervision and trackers; install it with uv pip install"
+    message = r"track: got no .*, expected supervision and trackers; run: uv pip install sup"
     with pytest.raises(InputError, match=message):
         Tracker(rate=30, conf=0.3)

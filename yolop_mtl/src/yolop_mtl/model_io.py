@@ -44,8 +44,7 @@ def save(
     """Write what is deployed.
 
     Args:
-        model: fused or not does not matter to `load` as long as its parts have the same names: give
-            an unfused one.
+        model: not fused, as `build_model` makes it of `config` and `data`.
         folder: made where it is not there.
         config: what it was built from.
         data: input size and classes of areas.

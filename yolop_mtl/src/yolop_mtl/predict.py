@@ -61,7 +61,7 @@ class PredictConfig:
     compile: bool = False
     """compile the network first, which takes a minute and, on a CPU, a C++ compiler"""
     track: bool = False
-    """number the vehicles from frame to frame (needs the extra 'track')"""
+    """number the vehicles from frame to frame (needs supervision and trackers)"""
     bridge_dashes: bool = False
     """let lane lines go on over the gaps between dashes, where no lane pixel is"""
     show: bool = False

@@ -27,7 +27,8 @@ class Tracker:
             import supervision
             from trackers import ByteTrackTracker
         except ImportError as error:
-            do = "install it with uv pip install 'visionpapers-yolop-mtl[track]'"
+            # With its dependencies trackers would replace the headless OpenCV, see pyproject.toml.
+            do = "run: uv pip install supervision; uv pip install --no-deps trackers"
             expected = "supervision and trackers"
             raise InputError("track", f"no {error.name}", expected, do) from error
         self._detections = supervision.Detections
