@@ -212,7 +212,8 @@ def compare_kept(what: str, found: Tensors, decoded: Decoded, how: Suppression) 
         how: thresholds.
 
     Raises: InputError unless each has one partner of its class with IoU > 0.99 (or all sides
-        less than 0.01 pixels away) and a score less than 0.001 away, and rows that are no boxes say so.
+        less than 0.01 pixels away) and a score less than 0.001 away, and rows that are no boxes
+        say so.
     """
     expected = suppress(
         decoded, conf_threshold=how.conf, iou_threshold=how.iou, max_detections=how.max_det
