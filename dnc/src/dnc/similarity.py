@@ -3,6 +3,7 @@
 Shapes: N samples, D width, C classes, K sub-centroids of a class.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -110,4 +111,7 @@ def _cosines(z: Tensor, points: Tensor) -> Tensor:
 
 def _classes(num_samples: int, num_classes: int, num_centroids: int, chunk: int) -> list[slice]:
     step = max(1, chunk // max(1, num_samples * num_centroids))
+    whole = WIDTH // math.gcd(WIDTH, num_centroids)  # classes that fill products to the end
+    if step > whole:
+        step -= step % whole
     return [slice(start, min(start + step, num_classes)) for start in range(0, num_classes, step)]
