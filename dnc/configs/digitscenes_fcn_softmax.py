@@ -104,13 +104,13 @@ test_evaluator = val_evaluator
 optim_wrapper = dict(
     type="Bf16OptimWrapper",
     only_if_fast=True,
-    optimizer=dict(type="AdamW", lr=1e-3, weight_decay=0.05),
+    optimizer=dict(type="AdamW", lr=3e-3, weight_decay=0.05),
     paramwise_cfg=dict(norm_decay_mult=0.0, bias_decay_mult=0.0),
     clip_grad=dict(max_norm=5.0),
 )
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.02, begin=0, end=50, by_epoch=False),
-    dict(type="CosineAnnealingLR", eta_min=2e-5, begin=50, end=max_iters, by_epoch=False),
+    dict(type="CosineAnnealingLR", eta_min=6e-5, begin=50, end=max_iters, by_epoch=False),
 ]
 train_cfg = dict(type="IterBasedTrainLoop", max_iters=max_iters, val_interval=200)
 val_cfg = dict(type="ValLoop")

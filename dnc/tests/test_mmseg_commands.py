@@ -15,7 +15,15 @@ from PIL import Image
 from dnc.cli import main
 from dnc.mmseg.config_files import image_pipeline, training_images_to_look_at
 from dnc.mmseg.explain import crop_around, look_at, region_cells
-from dnc.mmseg.fit import fit_centroids, pixel_features, with_centroids
+from dnc.mmseg.fit import (
+    AT_EDGES,
+    PER_CLASS,
+    drawn,
+    edges,
+    fit_centroids,
+    pixel_features,
+    with_centroids,
+)
 from dnc.mmseg.heads import labels_at
 from dnc.mmseg.pixel_anchors import cell_of, centre_of, find_anchors
 from dnc.mmseg.predict import class_names, open_model
@@ -280,6 +288,29 @@ def test_one_centroid_is_the_mean_direction_of_its_pixels(opened: tuple[Any, Any
     torch.testing.assert_close(
         model.decode_head.classifier.centroids[:, 0], expected, atol=1e-5, rtol=0
     )
+
+
+def test_edges_are_where_labels_meet() -> None:
+    grid = torch.tensor([[0, 0, 0, 0], [0, 0, 0, 1], [9, 0, 0, 0], [2, 0, 0, 0]])[None]
+    found = edges(grid, ignored=9)[0]
+    expected = [[0, 0, 1, 1], [0, 0, 1, 1], [0, 1, 1, 1], [1, 1, 0, 0]]
+    assert found.int().tolist() == expected
+
+
+def test_most_pixels_of_a_fit_lie_at_edges() -> None:
+    grid = torch.zeros(1, 40, 40, dtype=torch.long)
+    grid[0, :, 20:] = 1
+    features = torch.stack([torch.arange(1600.0).view(1, 40, 40), torch.ones(1, 40, 40)], dim=1)
+    rows, labels = drawn(features, grid, 255)
+    at_edge = edges(grid, 255).flatten()[rows[:, 0].long()]
+    assert torch.bincount(labels).tolist() == [PER_CLASS, PER_CLASS]
+    assert torch.equal(grid.flatten()[rows[:, 0].long()], labels)
+    for label in (0, 1):
+        assert int(at_edge[labels == label].sum()) == round(AT_EDGES * PER_CLASS)
+    grid[0, 3:, 20:] = 255  # three edges are left of class 1, and more pixels
+    rows, labels = drawn(features, grid, 255)
+    assert torch.bincount(labels).tolist() == [PER_CLASS, PER_CLASS]
+    assert set(grid.flatten()[rows[:, 0].long()].tolist()) == {0, 1}
 
 
 def test_a_decoder_without_a_counterpart_is_named(opened: tuple[Any, Any, Any]) -> None:

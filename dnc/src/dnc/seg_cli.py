@@ -119,7 +119,7 @@ class SegFitConfig:
     """config of the softmax segmentor, or one with sub-centroids for the same network"""
     checkpoint: tyro.conf.Positional[Path]
     """its checkpoint"""
-    num_centroids: int = 10
+    num_centroids: int = 50
     """sub-centroids per class, where the config does not say"""
     cfg_options: Words = ()
     """settings of the config to change"""

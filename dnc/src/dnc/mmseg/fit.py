@@ -19,7 +19,7 @@ from dnc.fitter import CentroidFitter
 from dnc.mmseg import checkpoints
 from dnc.mmseg.config_files import load_config, num_classes_of, training_images_to_look_at
 from dnc.mmseg.folders import check_data
-from dnc.mmseg.heads import NUM_CENTROIDS, labels_at
+from dnc.mmseg.heads import labels_at
 from dnc.mmseg.owners import centroid_heads
 from dnc.mmseg.segmentors import build_segmentor, count_parameters, load_into, measure
 from dnc.mmseg.train import draw_predictions, versions, write_card
@@ -35,7 +35,9 @@ WITH_CENTROIDS = {
     "UPerHead": "DNCUPerHead",
     "SegformerHead": "DNCSegformerHead",
 }
-PER_CLASS = 32  # pixels of a class taken from one image, so that one image does not rule
+NUM_CENTROIDS = 50  # where nothing follows the decision the clusters have to be finer
+PER_CLASS = 16  # pixels of a class taken from one image, so that one image does not rule
+AT_EDGES = 0.9  # share of them that lie at another class, where it is decided which one wins
 NUM_FIRST = 512  # pixels that a class is first clustered from
 NAME = "fit.pth"
 
@@ -171,7 +173,7 @@ def fit_centroids(model: Any, dataset: Any, log: RunLog | None = None) -> None:
             decoder: Any = head
             align = bool(decoder.align_corners)
             grid = labels_at(labels, *features[name].shape[2:], align_corners=align)
-            rows, own_labels = _drawn(features[name], grid, head.classifier.ignore_index)
+            rows, own_labels = drawn(features[name], grid, head.classifier.ignore_index)
             fitters[name].add(rows, own_labels)
         if log is not None and (place + 1) % 200 == 0:
             log.say(f"fit {place + 1}/{len(dataset)} images")
@@ -209,16 +211,43 @@ def pixel_features(model: Any, item: Any) -> tuple[dict[str, Tensor], Tensor]:
     return found, labels
 
 
-def _drawn(features: Tensor, grid: Tensor, ignored: int) -> tuple[Tensor, Tensor]:
-    """At most `PER_CLASS` pixels of each class, drawn at random: (n, D) and (n,)."""
+def drawn(features: Tensor, grid: Tensor, ignored: int) -> tuple[Tensor, Tensor]:
+    """At most `PER_CLASS` pixels of each class, drawn at random, edges first: (n, D) and (n,)."""
     own = (grid != ignored).nonzero()
     own = own[torch.randperm(len(own), device=own.device)]
     labels = grid[own[:, 0], own[:, 1], own[:, 2]]
-    order = labels.argsort(stable=True)
-    counts = torch.bincount(labels)
-    turn = (
-        torch.arange(len(labels), device=labels.device) - (counts.cumsum(0) - counts)[labels[order]]
-    )
-    chosen = order[turn < PER_CLASS]
+    is_edge = edges(grid, ignored)[own[:, 0], own[:, 1], own[:, 2]]
+    # Of each class as many edges as are wanted, then the rest, then the edges beyond.
+    rank = (~is_edge).long()
+    rank[is_edge & (_turns(labels, is_edge) >= round(AT_EDGES * PER_CLASS))] = 2
+    order = rank.argsort(stable=True)
+    own, labels = own[order], labels[order]
+    everything = torch.ones_like(labels, dtype=torch.bool)
+    chosen = _turns(labels, everything) < PER_CLASS
     n, y, x = own[chosen].unbind(1)
     return features[n, :, y, x], labels[chosen]
+
+
+def edges(grid: Tensor, ignored: int) -> Tensor:
+    """Which of the labels (N, h, w) lie beside, above, below or across from another class."""
+    result = torch.zeros_like(grid, dtype=torch.bool)
+    for down, across in ((0, 1), (1, 0), (1, 1), (1, -1)):
+        height, width = grid.shape[1] - down, grid.shape[2] - abs(across)
+        left = max(0, -across)
+        here = (slice(None), slice(height), slice(left, left + width))
+        there = (slice(None), slice(down, None), slice(left + across, left + across + width))
+        differ = (grid[here] != grid[there]) & (grid[here] != ignored) & (grid[there] != ignored)
+        result[here] |= differ
+        result[there] |= differ
+    return result
+
+
+def _turns(labels: Tensor, counted: Tensor) -> Tensor:
+    """How many that count come before each one of its label."""
+    order = labels.argsort(stable=True)
+    sums = counted[order].long().cumsum(0) - counted[order].long()
+    counts = torch.bincount(labels)
+    first = (counts.cumsum(0) - counts)[labels[order]]
+    result = torch.empty_like(sums)
+    result[order] = sums - sums[first]
+    return result
