@@ -205,7 +205,7 @@ def test_half_a_trunk_is_refused(tmp_path: Path) -> None:
     "options",
     [
         {"num_classes": 2, "num_drivable": 3},
-        {"tasks": ["lane"], "use_attention": False},
+        {"tasks": ["lane"], "use_attention": False, "lane_upsample": "nearest"},
         {"tasks": ["detection"], "use_repconv": True},
         {"tasks": ["drivable"]},
     ],

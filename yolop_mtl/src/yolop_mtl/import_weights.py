@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from shared_utils.errors import InputError, MissingFileError
 from yolop_mtl import model_io
-from yolop_mtl.blocks import RepConv
+from yolop_mtl.blocks import RepConv, Upconv
 from yolop_mtl.config import DataConfig, ModelConfig
 from yolop_mtl.export_graph import load_torchscript
 from yolop_mtl.layer_order import (
@@ -291,6 +291,7 @@ def _own(path: Path, preset: str, tensors: Mapping[str, Tensor]) -> tuple[YOLOPv
         "use_attention": "lane.conv1.conv.weight" not in tensors
         or any(name.startswith("lane.attention.") for name in tensors),
         "use_repconv": any(name.startswith("detection.convs.0.branches.") for name in tensors),
+        "lane_upsample": "nearest" if "lane.deconv1.conv.conv.weight" in tensors else "deconv",
     }
     if not options["tasks"]:
         raise _differs(path, "", "a trunk alone", "a network with a head")
@@ -351,6 +352,9 @@ def _save(model: YOLOPv2, cfg: ImportConfig, preset: Preset) -> None:
         tasks=model.tasks,
         use_attention=model.lane is None or model.lane.attention is not None,
         use_repconv=head is not None and isinstance(head.convs[0], RepConv),
+        lane_upsample="nearest"
+        if model.lane and isinstance(model.lane.deconv1, Upconv)
+        else "deconv",
     )
     data = DataConfig(img_size=cfg.img_size, area_classes="three" if areas == 3 else "merged")
     model_io.save(model, cfg.out, config=config, data=data, class_names=names)

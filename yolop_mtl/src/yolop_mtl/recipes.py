@@ -31,7 +31,7 @@ SYNTHETIC = TrainConfig(
         warmup_steps=0,
         ema_decay=0.99,
     ),
-    # Norms of a few channels take several times as long channels-last, on two threads most of a step.
+    # On a CPU norms of a few channels take ten times as long channels-last.
     run=RunConfig(val_every=6, precision="bf16-mixed", channels_last=False),
 )
 
