@@ -13,8 +13,8 @@ from yolop_mtl.synth import SynthConfig, generate
 @pytest.mark.slow
 def test_six_scenes_are_learnt(tmp_path: Path) -> None:
     generate(SynthConfig(out=tmp_path / "scenes", num_train=6, num_val=1, size=(360, 640)))
-    # Running statistics begin at 1, far from those of the first layers: after 200 steps what is left
-    # of that still spoils the figures.
+    # Running statistics begin at 1, far from those of the first layers: after 200 steps what is
+    # left of that still spoils the figures.
     options = [
         "--data.root", str(tmp_path / "scenes"), "--data.num-scenes", "6", "1",
         "--data.val-split", "train", "--data.batch-size", "6", "--data.num-workers", "0",
