@@ -40,7 +40,8 @@ def test_broken_packets_are_counted_and_left_out(tmp_path: Path) -> None:
     starts = [i for i in range(len(data)) if data[i : i + 3] == b"\xff\xd8\xff"]
     assert len(starts) == 10
     for number in (3, 6):
-        data[starts[number] : starts[number] + 200] = bytes(200)
+        size = starts[number + 1] - starts[number] - 8  # up to the next packet's own header
+        data[starts[number] : starts[number] + size] = bytes(size)
     path.write_bytes(data)
     reader = VideoReader(str(path))
     found = numbers([image for image, _ in reader])

@@ -61,8 +61,7 @@ class VideoReader:
             self._container.close()
             raise InputError(shown, "no video in it", expected, do)
         self._stream = self._container.streams.video[0]
-        # Threads over frames would pass over errors: broken frames would count as whole ones.
-        self._stream.thread_type = "SLICE"
+        self._stream.thread_type = "AUTO"
         rate = float(self._stream.average_rate or self._stream.guessed_rate or USUAL_RATE)
         total = int(self._stream.frames)
         if not total and self._container.duration:
