@@ -109,7 +109,10 @@ def test_two_and_two_epochs_are_four(
     ("options", "classifier", "term"),
     [
         (["--model.head", "softmax"], 5130, "loss_ce"),
-        (["--model.head", "softmax", "--precision", "bf16-mixed"], 5130, "loss_ce"),
+        # 32 pixels: at 16 the last stage convolves a map of 1 x 1 with stride 2, where oneDNN's
+        # bf16 weight gradient (torch 2.13, AMX) reads memory it never wrote: nan by chance.
+        (["--model.head", "softmax", "--precision", "bf16-mixed", "--data.img-size", "32"],
+         5130, "loss_ce"),
         (["--model.head", "cosine"], 5120, "loss_ce"),
         (["--model.memory", "batch"], 0, "loss_dnc"),
         (["--model.memory", "bank", "--model.memory-size", "2"], 0, "loss_dnc"),
