@@ -38,6 +38,7 @@ class NearestCentroidMixin(CentroidOwner):
 
     Attributes:
         classifier: the `NearestCentroidHead`; `conv_seg` is an empty place.
+        embed_norm: the LayerNorm, or None.
         is_hooked: whether a `CentroidHook` calls `update`.
     """
 
@@ -48,6 +49,7 @@ class NearestCentroidMixin(CentroidOwner):
         *args: Any,
         num_centroids: int = NUM_CENTROIDS,
         centroids: dict[str, Any] | None = None,
+        embed_norm: bool = False,
         **kwargs: Any,
     ) -> None:
         """Build the decoder and take its classifier away.
@@ -57,6 +59,10 @@ class NearestCentroidMixin(CentroidOwner):
             num_centroids: K.
             centroids: further options of `NearestCentroidHead`, such as `momentum`, `temperature`,
                 `epsilon`, `assignment`; `memory` is `batch` by default.
+            embed_norm: a LayerNorm over each pixel's channels, before anything else is done with
+                its features. Behind a ReLU all features lie in one orthant, where sub-centroids
+                of different classes are alike; a network trained from random weights needs it.
+                Differs from the paper, which takes the decoder's features as they are.
             **kwargs: of the decoder.
 
         Raises: InputError where `out_channels` is not `num_classes`: there is no single logit that
@@ -82,6 +88,7 @@ class NearestCentroidMixin(CentroidOwner):
             ignore_index=-100 if base.ignore_index is None else base.ignore_index,
             **options,
         )
+        self.embed_norm = nn.LayerNorm(base.channels) if embed_norm else None
         self.is_hooked = False
         self._labels: Tensor | None = None  # of the loss that is being computed
 
@@ -104,6 +111,8 @@ class NearestCentroidMixin(CentroidOwner):
     def cls_seg(self, feat: Tensor) -> Tensor:
         """Logits (N, C, h, w), float32, of features (N, D, h, w) of any precision."""
         base: Any = self
+        if self.embed_norm is not None:
+            feat = self.embed_norm(feat.movedim(1, -1)).movedim(-1, 1)
         if self._labels is not None and self.training and torch.is_grad_enabled():
             labels = labels_at(self._labels, *feat.shape[2:], align_corners=base.align_corners)
             self.classifier.observe(feat.detach(), labels)
