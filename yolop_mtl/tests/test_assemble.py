@@ -13,6 +13,7 @@ import torch
 
 import yolop_mtl
 from shared_utils.config import from_dict, to_dict
+from shared_utils.errors import InputError
 from yolop_mtl.assemble import build_losses, build_network, choose_anchors, load_split
 from yolop_mtl.boxes import COCO_ANCHORS
 from yolop_mtl.config import (
@@ -106,6 +107,14 @@ def test_coco_is_read_as_configured(tmp_path: Path) -> None:
     assert (split.class_names, split.records[0].labels.tolist()) == (("cat", "car"), [0, 1])
     split = load_split(dataclasses.replace(config, classes="vehicle"), "train")
     assert split.records[0].boxes_xyxy.tolist() == [[1, 2, 6, 8]]
+    data["categories"][1]["name"] = "vehicle"
+    write_json(data, tmp_path / "annotations/train.json")
+    split = load_split(dataclasses.replace(config, classes="vehicle"), "train")
+    assert split.records[0].boxes_xyxy.tolist() == [[1, 2, 6, 8]]
+    data["categories"][1]["name"] = "Car"
+    write_json(data, tmp_path / "annotations/train.json")
+    with pytest.raises(InputError, match=r"got vehicle, while the categories are cat, Car, expect"):
+        load_split(dataclasses.replace(config, classes="vehicle"), "train")
 
 
 def test_a_configuration_survives_json() -> None:

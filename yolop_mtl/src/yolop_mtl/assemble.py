@@ -117,10 +117,22 @@ def _load_split(config: DataConfig, split: str) -> Split:
         return Split(bdd100k.load_records(config.root, split, classes, size=size), classes.names)
     own = coco.find_classes(config.root, config.train_split)
     if own is not None and config.classes == "vehicle":
-        # Names as BDD100K's; a data set with others names its classes by itself.
-        own = Classes({"vehicle": [n for n in own.names if n in VEHICLES]}, known=own.names)
+        own = Classes({"vehicle": _vehicles(own.names)}, known=own.names)
     names = () if own is None else own.names
     return Split(coco.load_records(config.root, split, own), names)
+
+
+def _vehicles(names: Sequence[str]) -> list[str]:
+    """The categories of a data set that are vehicles: by BDD100K's names, or by that very word.
+
+    Raises: InputError where none is, since then every box would be left out.
+    """
+    known = (*VEHICLES, "vehicle")
+    if found := [name for name in names if name in known]:
+        return found
+    got = f"vehicle, while the categories are {', '.join(names) or 'none'}"
+    expected = f"one or more of {', '.join(known)} among them"
+    raise InputError("data.classes", got, expected, "set it to all, or rename the categories")
 
 
 def choose_anchors(cfg: TrainConfig, records: Sequence[Record]) -> tuple[Anchors, str]:
