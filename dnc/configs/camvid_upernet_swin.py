@@ -7,7 +7,9 @@ Cost, and what it reaches: SEGMENTATION.md.
 
 _base_ = "./camvid_upernet_swin_softmax.py"
 
-# Without a warm start, as in digitscenes_fcn.py, which starts from random weights too.
+# Without a warm start, and with a LayerNorm before the sub-centroids: the weights start at random.
 model = dict(
-    decode_head=dict(type="DNCUPerHead", num_centroids=3, centroids=dict(warm_start=False))
+    decode_head=dict(
+        type="DNCUPerHead", num_centroids=3, centroids=dict(warm_start=False), embed_norm=True
+    )
 )

@@ -49,6 +49,7 @@ def test_a_config_and_its_twin_differ_in_the_classifier_alone(name: str) -> None
     ours, twin = (Config.fromfile(CONFIGS / f"{n}.py") for n in (name, f"{name}_softmax"))
     assert ours.model.decode_head.pop("num_centroids") == 3
     assert ours.model.decode_head.pop("centroids") == {"warm_start": False}
+    assert ours.model.decode_head.pop("embed_norm") is True
     assert ours.model.decode_head.type == f"DNC{twin.model.decode_head.type}"
     ours.model.decode_head.type = twin.model.decode_head.type
     assert ours.to_dict() == twin.to_dict()
