@@ -194,6 +194,22 @@ def test_options_reach_the_classifier() -> None:
     assert head.memory.size == 8
 
 
+def test_normalised_pixels_are_what_is_observed_and_classified() -> None:
+    model = build(model_config(embed_norm=True))
+    nn.init.constant_(model.decode_head.embed_norm.bias, 0.5)
+    images, labels = batch()
+    step(model, images, labels)
+    assert model.decode_head.embed_norm.weight.grad.abs().sum() > 0
+    features = torch.rand(1, model.decode_head.channels, 2, 3)
+    model.eval()
+    normed = torch.nn.functional.layer_norm(features[0, :, 1, 2], features.shape[1:2]) + 0.5
+    expected = classifier(model)(normed[None])[0]
+    logits = model.decode_head.cls_seg(features)
+    assert torch.allclose(logits[0, :, 1, 2], expected, atol=1e-5)
+    plain = build(model_config())
+    assert plain.decode_head.embed_norm is None
+
+
 def test_hard_pixels_are_sampled() -> None:
     sampler = dict(type="OHEMPixelSampler", thresh=0.7, min_kept=50)
     model = build(model_config(sampler=sampler, dropout_ratio=0))
