@@ -19,9 +19,9 @@ def test_four_scenes_are_learnt(tmp_path: Path) -> None:
         "--data.root", str(tmp_path / "scenes"), "--data.num-scenes", "4", "1",
         "--data.val-split", "train", "--data.batch-size", "4", "--data.num-workers", "0",
         "--augment.flip", "0", "--augment.scale", "0", "--augment.translate", "0",
-        "--augment.hsv", "0", "0", "0", "--optim.epochs", "600", "--optim.ema-decay", "0",
-        "--optim.weight-decay", "0", "--optim.warmup-epochs", "10", "--val-every", "300",
-        "--accelerator", "cpu",
+        "--augment.hsv", "0", "0", "0", "--optim.epochs", "400", "--optim.ema-decay", "0",
+        "--optim.weight-decay", "0", "--optim.warmup-epochs", "10", "--val-every", "200",
+        "--accelerator", "cpu", "--model.preset", "small",
     ]  # fmt: skip
     argv = ["train", "synthetic", "--runs-dir", str(tmp_path), "--name", "x", *options]
     assert main(argv) == 0
