@@ -290,6 +290,18 @@ def test_one_centroid_is_the_mean_direction_of_its_pixels(opened: tuple[Any, Any
     )
 
 
+def test_fit_may_add_the_layer_norm(softmax_run: Path, tmp_path: Path) -> None:
+    argv = ["fit", str(softmax_run / SOFTMAX_CONFIG.name), str(softmax_run / "iter_4.pth")]
+    argv += ["--runs-dir", str(tmp_path), "--name", "fit", "--num-centroids", "1"]
+    assert main(["seg", *argv, "--cfg-options", "model.decode_head.embed_norm=True"]) == 0
+    after = torch.load(tmp_path / "dnc/fit/fit.pth", weights_only=True)["state_dict"]
+    assert torch.equal(after["decode_head.embed_norm.weight"], torch.ones(16))
+    # Normalised features have no mean over channels, and so have not their mean directions.
+    points = after["decode_head.classifier.centroids"]
+    assert points.norm(dim=2) == pytest.approx(1, abs=1e-3)
+    assert points.mean(dim=2) == pytest.approx(0, abs=1e-3)
+
+
 def test_edges_are_where_labels_meet() -> None:
     grid = torch.tensor([[0, 0, 0, 0], [0, 0, 0, 1], [9, 0, 0, 0], [2, 0, 0, 0]])[None]
     found = edges(grid, ignored=9)[0]

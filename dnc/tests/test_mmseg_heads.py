@@ -197,9 +197,12 @@ def test_options_reach_the_classifier() -> None:
 def test_normalised_pixels_are_what_is_observed_and_classified() -> None:
     model = build(model_config(embed_norm=True))
     nn.init.constant_(model.decode_head.embed_norm.bias, 0.5)
+    seen: list[torch.Tensor] = []
+    classifier(model).observe = lambda features, labels: seen.append(features)
     images, labels = batch()
     step(model, images, labels)
     assert model.decode_head.embed_norm.weight.grad.abs().sum() > 0
+    assert torch.allclose(seen[0].mean(dim=1), torch.tensor(0.5), atol=1e-4)
     features = torch.rand(1, model.decode_head.channels, 2, 3)
     model.eval()
     normed = torch.nn.functional.layer_norm(features[0, :, 1, 2], features.shape[1:2]) + 0.5

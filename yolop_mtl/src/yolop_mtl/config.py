@@ -88,7 +88,7 @@ class DataConfig:
     img_size: tuple[int, int] = (384, 640)
     """height and width of the network's input in pixels, multiples of 32"""
     classes: Literal["vehicle", "all"] = "vehicle"
-    """of boxes: car, bus, truck and train as one, or all of the data's classes"""
+    """of boxes: car, bus, truck, train (in COCO data also vehicle) as one, or all of the data's"""
     drivable_format: MaskFormat = "binary"
     """form of the drivable masks: binary (YOLOP's), value (official), color, index"""
     lane_format: MaskFormat = "binary"
