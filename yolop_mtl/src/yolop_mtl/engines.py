@@ -17,16 +17,17 @@ from torch import Tensor
 from yolop_mtl import packed
 from yolop_mtl.measure import DTYPES, Precision
 from yolop_mtl.model import YOLOPv2, fuse
+from yolop_mtl.subpixel import to_subpixel
 
 Engine = Literal["eager", "fused", "channels_last", "packed", "compiled", "onnxruntime", "openvino"]
 ABOUT: dict[Engine, str] = {
     "eager": "as trained: norms apart, autocast below fp32",
     "fused": "norms folded, weights in the precision",
     "channels_last": "folded, channels last",
-    "packed": "folded, channels last, oneDNN's own layout, SiLU inside",
-    "compiled": "folded, channels last, torch.compile",
-    "onnxruntime": "ONNX file",
-    "openvino": "ONNX file",
+    "packed": "folded, sub-pixel heads, channels last, oneDNN's own layout, SiLU inside",
+    "compiled": "folded, sub-pixel heads on a CPU, channels last, torch.compile",
+    "onnxruntime": "ONNX file, sub-pixel heads",
+    "openvino": "ONNX file, sub-pixel heads",
 }
 MOST_COMPILED = 1000  # networks of one process
 COMPILERS = ("c++", "g++", "clang++")
@@ -62,6 +63,8 @@ def build_engine(
         return build(proto, images, precision)
     fuse(model, completely=True).to(DTYPES[precision])
     inputs = images.to(DTYPES[precision])
+    if engine in ("packed", "compiled") and images.device.type == "cpu":
+        to_subpixel(model)
     if engine == "packed":
         packed.pack(model, (images.shape[2], images.shape[3]), batch_size=len(images))
     if engine != "fused":

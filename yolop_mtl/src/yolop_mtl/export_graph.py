@@ -17,6 +17,7 @@ from yolop_mtl.geometry import PADDING
 from yolop_mtl.heads import DetectionHead
 from yolop_mtl.model import MAX_STRIDE, YOLOPv2, fuse
 from yolop_mtl.model_io import AREAS, Deployed
+from yolop_mtl.subpixel import to_subpixel
 
 INPUT = "images"
 FORMAT_VERSION = 1
@@ -73,6 +74,7 @@ class Deployable(nn.Module):
         if head is not None:
             self.register_buffer("anchors", head.anchors.clone())  # in 32 bits
         fuse(model, completely=True)
+        to_subpixel(model)
         self.model = model.half() if is_half else model
         self.is_raw, self.is_half = is_raw, is_half
 

@@ -26,6 +26,7 @@ from yolop_mtl.model import MAX_STRIDE, YOLOPv2, fuse
 from yolop_mtl.pixels import Picture, to_rgb
 from yolop_mtl.postprocess import detect, native_detections, native_drivable, native_lane
 from yolop_mtl.result import Result
+from yolop_mtl.subpixel import to_subpixel
 
 __all__ = ["Picture", "Predictor", "Result", "load"]
 
@@ -86,6 +87,8 @@ class Predictor:
         self.device = torch.device(device)
         fused = cast(YOLOPv2, fuse(model.eval(), completely=True))
         fused.requires_grad_(False)
+        if self.device.type == "cpu":
+            to_subpixel(fused)
         # Not in the types of Module.to.
         self.model = fused.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._lower = LOWER[precision]

@@ -24,6 +24,7 @@ from yolop_mtl.model import MAX_STRIDE, fuse
 from yolop_mtl.progress import show_progress
 from yolop_mtl.records import Record
 from yolop_mtl.samples import check_masks, check_records
+from yolop_mtl.subpixel import to_subpixel
 
 FIGURES = "val.json"  # in the folder of an evaluation
 
@@ -125,7 +126,10 @@ def val(cfg: ValConfig) -> Validation:
     check_masks(split, data, tasks)
     model = deployed.model.to(fabric.device)
     if cfg.fuse:
-        fuse(model, completely=True).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        fuse(model, completely=True)
+        if fabric.device.type == "cpu":
+            to_subpixel(model)
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     loader = build_loader(
         DrivingDataset(split, data, tasks=tasks, augment=None, seed=0),
         batch_size=cfg.batch_size,
