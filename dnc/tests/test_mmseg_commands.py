@@ -325,6 +325,24 @@ def test_most_pixels_of_a_fit_lie_at_edges() -> None:
     assert set(grid.flatten()[rows[:, 0].long()].tolist()) == {0, 1}
 
 
+@pytest.mark.parametrize(
+    ("kind", "own", "asked", "expected"),
+    [("FCNHead", {}, None, 50), ("FCNHead", {}, 3, 3),
+     ("DNCFCNHead", {"num_centroids": 10}, None, 10),
+     ("DNCFCNHead", {"num_centroids": 10}, 3, 3)],
+)  # fmt: skip
+def test_how_many_sub_centroids_fit_makes(
+    opened: tuple[Any, Any, Any], kind: str, own: dict[str, int], asked: int | None, expected: int
+) -> None:
+    config = opened[0].copy()
+    head = {**config.model.decode_head, "type": kind, **own}
+    if not own:
+        head.pop("num_centroids")
+    config.model = {**config.model, "decode_head": head}
+    made = with_centroids(config, asked).model.decode_head
+    assert (made.type, made.num_centroids) == ("DNCFCNHead", expected)
+
+
 def test_a_decoder_without_a_counterpart_is_named(opened: tuple[Any, Any, Any]) -> None:
     config = opened[0].copy()
     config.model = {**config.model, "decode_head": {"type": "PSPHead", "num_classes": 11}}

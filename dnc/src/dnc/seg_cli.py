@@ -119,8 +119,8 @@ class SegFitConfig:
     """config of the softmax segmentor, or one with sub-centroids for the same network"""
     checkpoint: tyro.conf.Positional[Path]
     """its checkpoint"""
-    num_centroids: int = 50
-    """sub-centroids per class, where the config does not say"""
+    num_centroids: int | None = None
+    """sub-centroids per class (default: the config's, or 50 where it is of a softmax segmentor)"""
     cfg_options: Words = ()
     """settings of the config to change"""
     data_root: str = ""

@@ -42,7 +42,7 @@ NUM_FIRST = 512  # pixels that a class is first clustered from
 NAME = "fit.pth"
 
 
-def with_centroids(cfg: Any, num_centroids: int = NUM_CENTROIDS) -> Any:
+def with_centroids(cfg: Any, num_centroids: int | None = None) -> Any:
     """The config with sub-centroids in place of its decoder's softmax classifier; in place.
 
     Raises: InputError for a decoder that has no counterpart.
@@ -55,6 +55,8 @@ def with_centroids(cfg: Any, num_centroids: int = NUM_CENTROIDS) -> Any:
                 "model.decode_head.type", head.type, ", ".join(WITH_CENTROIDS), "fit one of these"
             )
         head.type = WITH_CENTROIDS[head.type]
+        head.num_centroids = NUM_CENTROIDS
+    if num_centroids is not None:
         head.num_centroids = num_centroids
     imports = cfg.setdefault("custom_imports", {"imports": [], "allow_failed_imports": False})
     if "dnc.mmseg" not in imports["imports"]:
@@ -67,7 +69,7 @@ def fit(
     config: Path,
     weights: Path,
     *,
-    num_centroids: int = NUM_CENTROIDS,
+    num_centroids: int | None = None,
     overrides: Sequence[str] = (),
     data_root: str = "",
     trusted: bool = False,
@@ -81,7 +83,7 @@ def fit(
     Args:
         config: that of the softmax segmentor, or one with sub-centroids for the same network.
         weights: its checkpoint.
-        num_centroids: K.
+        num_centroids: K; None: the config's, or 50 where that is of a softmax segmentor.
         overrides: settings of the config to change.
         data_root: of all data sets.
         trusted: open a checkpoint that is more than tensors and plain data.
