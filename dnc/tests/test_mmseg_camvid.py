@@ -55,6 +55,33 @@ def test_a_config_and_its_twin_differ_in_the_classifier_alone(name: str) -> None
     assert ours.to_dict() == twin.to_dict()
 
 
+def test_the_control_has_the_same_features_and_another_classifier() -> None:
+    names = ("camvid_fcn_r18", "camvid_fcn_r18_softmax_norm")
+    ours, control = (load_config(CONFIGS / f"{name}.py") for name in names)
+    models = []
+    for cfg in (ours, control):
+        torch.manual_seed(0)
+        models.append(build_segmentor(cfg).eval())
+    one, other = (dict(model.named_parameters()) for model in models)
+    conv = {"decode_head.conv_seg.weight", "decode_head.conv_seg.bias"}
+    assert other.keys() - one.keys() == conv
+    assert one.keys() < other.keys()
+    assert count_parameters(models[1])["classifier"] == 1419
+    models[0].load_state_dict(models[1].state_dict(), strict=False)
+    torch.nn.init.normal_(models[1].decode_head.embed_norm.weight)
+    models[0].decode_head.embed_norm = models[1].decode_head.embed_norm
+    seen: list[torch.Tensor] = []
+    for head, name in ((models[0].decode_head, "classifier"), (models[1].decode_head, "conv_seg")):
+        part = getattr(head, name)
+        part.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    images = torch.randn(2, 3, 96, 128)
+    for model in models:
+        with torch.no_grad():
+            assert model(images, mode="tensor").shape[:2] == (2, 11)
+    torch.testing.assert_close(seen[0], seen[1])
+    assert seen[0].std() > 0.1
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_config_trains_a_step_of_its_data(name: str, tmp_path: Path) -> None:
     write_set(tmp_path, np.repeat(np.arange(12, dtype=np.uint8), 32)[None].repeat(288, 0))

@@ -327,7 +327,7 @@ def test_most_pixels_of_a_fit_lie_at_edges() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "own", "asked", "expected"),
-    [("FCNHead", {}, None, 50), ("FCNHead", {}, 3, 3),
+    [("FCNHead", {}, None, 50), ("FCNHead", {}, 3, 3), ("LayerNormFCNHead", {}, None, 50),
      ("DNCFCNHead", {"num_centroids": 10}, None, 10),
      ("DNCFCNHead", {"num_centroids": 10}, 3, 3)],
 )  # fmt: skip
@@ -341,6 +341,7 @@ def test_how_many_sub_centroids_fit_makes(
     config.model = {**config.model, "decode_head": head}
     made = with_centroids(config, asked).model.decode_head
     assert (made.type, made.num_centroids) == ("DNCFCNHead", expected)
+    assert made.get("embed_norm", False) == (kind == "LayerNormFCNHead")
 
 
 def test_a_decoder_without_a_counterpart_is_named(opened: tuple[Any, Any, Any]) -> None:

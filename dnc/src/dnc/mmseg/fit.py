@@ -30,6 +30,7 @@ from shared_utils.seeding import seed_all
 
 WITH_CENTROIDS = {
     "FCNHead": "DNCFCNHead",
+    "LayerNormFCNHead": "DNCFCNHead",
     "ASPPHead": "DNCASPPHead",
     "DepthwiseSeparableASPPHead": "DNCDepthwiseSeparableASPPHead",
     "UPerHead": "DNCUPerHead",
@@ -54,6 +55,8 @@ def with_centroids(cfg: Any, num_centroids: int | None = None) -> Any:
             raise InputError(
                 "model.decode_head.type", head.type, ", ".join(WITH_CENTROIDS), "fit one of these"
             )
+        if head.type == "LayerNormFCNHead":
+            head.embed_norm = True
         head.type = WITH_CENTROIDS[head.type]
         head.num_centroids = NUM_CENTROIDS
     if num_centroids is not None:

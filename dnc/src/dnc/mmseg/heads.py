@@ -168,6 +168,21 @@ class DNCFCNHead(NearestCentroidMixin, FCNHead):
 
 
 @MODELS.register_module()
+class LayerNormFCNHead(FCNHead):
+    """mmseg's FCN, softmax, with the LayerNorm of `DNCFCNHead(embed_norm=True)`: its control."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        """Build; options are those of `FCNHead`."""
+        super().__init__(**kwargs)
+        self.embed_norm = nn.LayerNorm(self.channels)
+
+    def cls_seg(self, feat: Tensor) -> Tensor:
+        """Logits (N, C, h, w) of features (N, D, h, w)."""
+        logits: Tensor = super().cls_seg(self.embed_norm(feat.movedim(1, -1)).movedim(-1, 1))
+        return logits
+
+
+@MODELS.register_module()
 class DNCASPPHead(NearestCentroidMixin, ASPPHead):
     """DeepLabV3."""
 
