@@ -66,6 +66,15 @@ def test_wrong_input_is_one_line(tmp_path: Path, capsys: Any) -> None:
     assert told.count("\n") == 1
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+def test_half_precision_on_a_cpu_is_refused(tmp_path: Path, capsys: Any) -> None:
+    assert main([str(CONFIG), "--amp", "--runs-dir", str(tmp_path)]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: amp: got True without a GPU, expected a GPU: on a CPU")
+    assert told.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_it_learns_to_find_digits(tmp_path: Path) -> None:
     options = ["--runs-dir", str(tmp_path), "--name", "x", "--data-root", str(tmp_path / "scenes")]

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import mmdet
+import torch
 from mmengine.dist import is_main_process
 from mmengine.runner import Runner
 
@@ -12,6 +13,7 @@ import dnc.mmdet  # noqa: F401  registers what configs name
 from dnc.devices import device_facts
 from dnc.mmseg import checkpoints
 from dnc.mmseg.config_files import load_config
+from dnc.mmseg.precision import precision_of
 from dnc.mmseg.segmentors import count_parameters
 from dnc.mmseg.train import (
     SegRun,
@@ -25,6 +27,7 @@ from dnc.mmseg.train import (
     wait,
     write_card,
 )  # fmt: skip
+from shared_utils.errors import InputError
 from shared_utils.run_log import write_result
 
 NAMES = {"mAP": "coco/bbox_mAP", "mAP50": "coco/bbox_mAP_50", "mAP75": "coco/bbox_mAP_75"}
@@ -36,6 +39,9 @@ def train(run: SegRun) -> Path:
 
     Raises: InputError for what the user can mend; Interrupted after Ctrl-C.
     """
+    if run.amp and not torch.cuda.is_available():
+        expected = "a GPU: on a CPU the suppression of mmcv takes scores of 32 bits alone"
+        raise InputError("amp", "True without a GPU", expected, "leave it out")
     launcher = start_processes(run.launcher)
     if run.resume:
         cfg, seed = load_run(Path(run.resume), run.cfg_options, run.data_root)
@@ -65,7 +71,8 @@ def train(run: SegRun) -> Path:
 
 def _write(folder: Path, runner: Any, cfg: Any, seed: int, metrics: dict[str, float]) -> None:
     model = bare_model(runner.model)
-    facts = device_facts(next(model.parameters()).device, "32-true", runner.world_size)
+    device = next(model.parameters()).device
+    facts = device_facts(device, precision_of(runner.optim_wrapper), runner.world_size)
     facts["versions"] |= versions() | {"mmdet": mmdet.__version__}
     write_result(
         folder,

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from mmengine.hooks import Hook
-from mmengine.optim import OptimWrapper
+from mmengine.optim import AmpOptimWrapper, OptimWrapper
 from mmengine.registry import HOOKS, OPTIM_WRAPPERS
 
 
@@ -41,6 +41,13 @@ class Bf16OptimWrapper(OptimWrapper):
             torch.autocast(device, torch.bfloat16, enabled=self.is_bf16),
         ):
             yield
+
+
+def precision_of(wrapper: OptimWrapper) -> str:
+    """What a training computed in: 32-true, 16-mixed or bf16-mixed."""
+    if getattr(wrapper, "is_bf16", False):
+        return "bf16-mixed"
+    return "16-mixed" if isinstance(wrapper, AmpOptimWrapper) else "32-true"
 
 
 @HOOKS.register_module()

@@ -25,6 +25,7 @@ from dnc.mmseg import checkpoints, drawing
 from dnc.mmseg.config_files import load_config
 from dnc.mmseg.folders import check_data
 from dnc.mmseg.interrupts import saved_steps
+from dnc.mmseg.precision import precision_of
 from dnc.mmseg.segmentors import count_parameters, fractions
 from shared_utils.checkpoint import reading, write_text
 from shared_utils.errors import InputError, Interrupted
@@ -231,13 +232,8 @@ def _write(
     steps = [row for row in rows if row.get("time")]
     rate = len(steps) / sum(row["time"] for row in steps) if steps else 0.0
     batch = cfg.train_dataloader.batch_size * runner.world_size
-    is_bf16 = getattr(runner.optim_wrapper, "is_bf16", False)
-    precision = {"AmpOptimWrapper": "16-mixed"}.get(type(runner.optim_wrapper).__name__, "32-true")
-    facts = device_facts(
-        next(runner.model.parameters()).device,
-        "bf16-mixed" if is_bf16 else precision,
-        runner.world_size,
-    )
+    device = next(runner.model.parameters()).device
+    facts = device_facts(device, precision_of(runner.optim_wrapper), runner.world_size)
     facts["versions"] |= versions()
     count = len(runner.test_dataloader.dataset)
     write_result(
