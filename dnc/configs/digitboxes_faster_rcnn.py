@@ -6,4 +6,6 @@ Command: make install-mmdet, then
 
 _base_ = "./digitboxes_faster_rcnn_softmax.py"
 
-model = dict(roi_head=dict(bbox_head=dict(type="DNCShared2FCBBoxHead", num_centroids=4)))
+# A LayerNorm before the sub-centroids, since the weights start at random.
+bbox_head = dict(type="DNCShared2FCBBoxHead", num_centroids=4, embed_norm=True)
+model = dict(roi_head=dict(bbox_head=bbox_head))

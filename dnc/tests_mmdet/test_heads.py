@@ -1,5 +1,6 @@
 """The box head: what is replaced, what it shows to the sub-centroids, what it refuses."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -47,6 +48,25 @@ def step(
         scores, boxes, rois, labels, weights, targets, torch.ones(count, 4)
     )
     return losses
+
+
+def test_the_layer_norm_is_before_all_that_is_done_with_features() -> None:
+    head = build(embed_norm=True)
+    torch.nn.init.normal_(head.embed_norm.weight)
+    seen: list[Tensor] = []
+    head.shared_fcs[-1].register_forward_hook(lambda module, given, out: seen.append(out.relu()))
+    maps, labels = regions()
+    scores, _ = head(maps)
+    normed = head.embed_norm(seen[0])
+    torch.testing.assert_close(head._features, normed.detach())
+    torch.testing.assert_close(scores, head.fc_cls.eval()(seen[0]))  # the hook norms this, too
+    head.fc_cls.train()
+    head.zero_grad()
+    sum(value for name, value in step(head, maps, labels).items() if "loss" in name).backward()
+    assert head.embed_norm.weight.grad.abs().sum() > 0
+    twin = copy.deepcopy(head)  # as an average of weights is made
+    torch.nn.init.constant_(twin.embed_norm.weight, 2.0)
+    assert not torch.equal(twin(maps)[0], head(maps)[0])
 
 
 def test_the_classifier_has_no_parameters_and_the_background_a_place() -> None:

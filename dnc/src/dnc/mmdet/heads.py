@@ -30,6 +30,7 @@ class DNCShared2FCBBoxHead(CentroidOwner, Shared2FCBBoxHead):
 
     Attributes:
         fc_cls: the `NearestCentroidHead`, in the place of mmdet's linear layer; `classifier` too.
+        embed_norm: the LayerNorm, or None.
         is_hooked: whether a `CentroidHook` calls `update`.
     """
 
@@ -40,6 +41,7 @@ class DNCShared2FCBBoxHead(CentroidOwner, Shared2FCBBoxHead):
         *args: Any,
         num_centroids: int = NUM_CENTROIDS,
         centroids: dict[str, Any] | None = None,
+        embed_norm: bool = False,
         **kwargs: Any,
     ) -> None:
         """Build the head and replace its classifier.
@@ -49,6 +51,9 @@ class DNCShared2FCBBoxHead(CentroidOwner, Shared2FCBBoxHead):
             num_centroids: K of every class and of the background.
             centroids: further options of `NearestCentroidHead`; its queue holds the last 64
                 features of each class by default, since a batch has few regions of a class.
+            embed_norm: a LayerNorm before the sub-centroids. The second layer ends in a ReLU and
+                all its features lie in one orthant, where sub-centroids of different classes are
+                alike; a network trained from random weights needs it.
             **kwargs: of `Shared2FCBBoxHead`.
 
         Raises: InputError for a loss on sigmoids: classes and background are scored together.
@@ -71,6 +76,8 @@ class DNCShared2FCBBoxHead(CentroidOwner, Shared2FCBBoxHead):
         ]
         self.is_hooked = False
         self._features: Tensor | None = None  # of the last forward pass in training
+        self.embed_norm = nn.LayerNorm(base.cls_last_dim) if embed_norm else None
+        self.fc_cls.register_forward_pre_hook(self._normed)
         self.fc_cls.register_forward_pre_hook(self._keep)
 
     @property
@@ -92,6 +99,9 @@ class DNCShared2FCBBoxHead(CentroidOwner, Shared2FCBBoxHead):
             counted = torch.where(label_weights > 0, labels, self.fc_cls.ignore_index)
             self.fc_cls.observe(features, counted)
         return super().loss(cls_score, bbox_pred, rois, labels, label_weights, *args, **kwargs)
+
+    def _normed(self, classifier: nn.Module, features: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return features if self.embed_norm is None else (self.embed_norm(features[0]),)
 
     def _keep(self, classifier: nn.Module, features: tuple[Tensor, ...]) -> None:
         if self.training and torch.is_grad_enabled():
