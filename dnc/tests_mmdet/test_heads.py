@@ -12,6 +12,7 @@ from torch import Tensor
 import dnc.mmdet  # noqa: F401
 from dnc.classifier import NearestCentroidHead
 from dnc.mmseg.owners import centroid_heads
+from dnc.mmseg.segmentors import count_parameters
 from shared_utils.errors import InputError
 
 CLASSES, WIDTH = 3, 16
@@ -48,6 +49,18 @@ def step(
         scores, boxes, rois, labels, weights, targets, torch.ones(count, 4)
     )
     return losses
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"), [(WHOLE["type"], 0), ("Shared2FCBBoxHead", (WIDTH + 1) * (CLASSES + 1))]
+)
+def test_parameters_of_a_classifier_are_counted(kind: str, expected: int) -> None:
+    register_all_modules(init_default_scope=True)
+    options = {**WHOLE, "type": kind}
+    if kind != WHOLE["type"]:
+        options.pop("num_centroids")
+    model = torch.nn.ModuleDict({"bbox_head": MODELS.build(options)})
+    assert count_parameters(model)["classifier"] == expected
 
 
 def test_the_layer_norm_is_before_all_that_is_done_with_features() -> None:

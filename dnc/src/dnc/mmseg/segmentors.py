@@ -124,7 +124,8 @@ def count_parameters(model: nn.Module) -> dict[str, Any]:
     """For result.json: `tuned`, `total`, `percent`, and those of classifiers alone."""
     total = sum(p.numel() for p in model.parameters())
     tuned = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    own = [m for n, m in model.named_modules() if n.endswith(("conv_seg", ".classifier"))]
+    places = ("conv_seg", ".classifier", ".fc_cls")  # the last in detectors
+    own = [m for n, m in model.named_modules() if n.endswith(places)]
     return {
         "tuned": tuned,
         "total": total,
