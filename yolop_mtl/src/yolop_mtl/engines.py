@@ -151,6 +151,8 @@ def _onnxruntime_step(proto: Any, images: Tensor, precision: Precision) -> Calla
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    # Threads that went on looking for work after a pass would slow down the next engine's.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = onnxruntime.InferenceSession(
         proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
