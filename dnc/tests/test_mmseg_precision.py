@@ -29,7 +29,7 @@ def test_autocast_lasts_as_long_as_the_forward_pass() -> None:
     assert model.weight.dtype == torch.float32
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="about CPUs")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU bfloat16 is always on")
 @pytest.mark.parametrize(("is_fast", "kind"), [(True, torch.bfloat16), (False, torch.float32)])
 def test_slow_cpus_are_spared(
     is_fast: bool, kind: torch.dtype, monkeypatch: pytest.MonkeyPatch

@@ -7,9 +7,17 @@ import torch
 from torch.nn import functional as F
 
 from yolop_mtl import build_model, fuse
+from yolop_mtl.export_graph import Deployable
 from yolop_mtl.heads import DrivableHead, LaneHead
 from yolop_mtl.model import TASKS, YOLOPv2
-from yolop_mtl.subpixel import Kind, cell_kernel, to_subpixel
+from yolop_mtl.predictor import Predictor
+from yolop_mtl.subpixel import (
+    Kind,
+    SubpixelDrivableHead,
+    SubpixelLaneHead,
+    cell_kernel,
+    to_subpixel,
+)
 
 from .networks import randomize
 
@@ -78,6 +86,17 @@ def test_outputs_stay_the_same(options: dict[str, object]) -> None:
             if task in expected:
                 assert expected[task].std() > 1e-3
                 torch.testing.assert_close(got[task], expected[task], rtol=1e-4, atol=1e-5)
+
+
+def test_prediction_and_export_use_it() -> None:
+    torch.manual_seed(0)
+    model = randomize(build_model("nano"))
+    exported = Deployable(model).model
+    predictor = Predictor(copy.deepcopy(model), class_names=("vehicle",), img_size=(64, 96))
+    for used in (exported, predictor.model):
+        assert isinstance(used.drivable, SubpixelDrivableHead)
+        assert isinstance(used.lane, SubpixelLaneHead)
+    assert isinstance(model.drivable, DrivableHead)  # a copy was changed
 
 
 def test_weights_stay_as_trainable_and_as_exact_as_they_were() -> None:

@@ -22,6 +22,11 @@ def _norm(channels: int) -> nn.BatchNorm2d:
     return nn.BatchNorm2d(channels, eps=NORM_EPS, momentum=NORM_MOMENTUM)
 
 
+def doubled(x: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, C, 2H, 2W), by nearest neighbours."""
+    return F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
 class Conv(nn.Module):
     """Convolution, batch norm and SiLU; (B, C, H, W) -> (B, C', H / stride, W / stride).
 
@@ -84,7 +89,7 @@ class Upconv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', 2H, 2W)."""
-        return cast(Tensor, self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest")))
+        return cast(Tensor, self.conv(doubled(x)))
 
 
 class RepConv(nn.Module):

@@ -9,10 +9,9 @@ from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from shared_utils.errors import InputError, near_miss
-from yolop_mtl.blocks import CSP, ChannelAttention, Conv, Deconv, Implicit, RepConv, Upconv
+from yolop_mtl.blocks import CSP, ChannelAttention, Conv, Deconv, Implicit, RepConv, Upconv, doubled
 from yolop_mtl.boxes import check_anchors
 
 Upsample = Literal["deconv", "nearest"]
@@ -131,10 +130,10 @@ class DrivableHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H/16, W/16) -> logits (B, num_outputs, H, W)."""
-        x = self.csp1(_double(self.conv1(x)))
-        x = self.conv3(_double(self.conv2(x)))
-        x = self.csp2(self.conv4(_double(x)))
-        return cast(Tensor, self.output(_double(x)))
+        x = self.csp1(doubled(self.conv1(x)))
+        x = self.conv3(doubled(self.conv2(x)))
+        x = self.csp2(self.conv4(doubled(x)))
+        return cast(Tensor, self.output(doubled(x)))
 
 
 class LaneHead(nn.Module):
@@ -205,7 +204,3 @@ class LaneHead(nn.Module):
         x = self.deconv2(self.conv2(x))
         x = self.deconv3(self.csp2(self.conv3(x)))
         return cast(Tensor, self.output(x))
-
-
-def _double(x: Tensor) -> Tensor:
-    return F.interpolate(x, scale_factor=2.0, mode="nearest")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from shared_utils.errors import InputError
-from yolop_mtl.blocks import CSP, Conv, Deconv, Upconv
+from yolop_mtl.blocks import CSP, Conv, Deconv, Upconv, doubled
 from yolop_mtl.heads import DrivableHead, LaneHead
 from yolop_mtl.model import YOLOPv2
 
@@ -65,8 +65,8 @@ class SubpixelDrivableHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H/16, W/16) -> logits (B, num_outputs, H, W)."""
-        x = self.csp1(_double(self.conv1(x)))
-        x = self.conv3(_double(self.conv2(x)))
+        x = self.csp1(doubled(self.conv1(x)))
+        x = self.conv3(doubled(self.conv2(x)))
         return F.pixel_shuffle(self.output(self.csp2(self.conv4(x))), 4)
 
 
@@ -173,7 +173,3 @@ def _conv_on_cells(
         bias = conv.bias.repeat_interleave(out_cell**2)
         layer.bias = nn.Parameter(bias, requires_grad=conv.bias.requires_grad)
     return layer
-
-
-def _double(x: Tensor) -> Tensor:
-    return F.interpolate(x, scale_factor=2.0, mode="nearest")

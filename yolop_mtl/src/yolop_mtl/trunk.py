@@ -10,9 +10,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from yolop_mtl.blocks import ELAN, ELANW, SPPCSPC, Conv, Down
+from yolop_mtl.blocks import ELAN, ELANW, SPPCSPC, Conv, Down, doubled
 
 STRIDES = (8, 16, 32)
 
@@ -112,17 +111,13 @@ class Neck(nn.Module):
     def forward(self, c3: Tensor, c4: Tensor, c5: Tensor) -> Necks:
         """C3, C4, C5 -> F4 at stride 16, F3 at stride 8, box maps at strides 8, 16, 32."""
         p5 = self.spp(c5)
-        f4 = torch.cat([self.l4(c4), _double(self.r5(p5))], 1)
+        f4 = torch.cat([self.l4(c4), doubled(self.r5(p5))], 1)
         if not (self.has_lane or self.has_detection):
             return Necks(f4, None, None)
         n4 = self.n4(f4)
-        f3 = torch.cat([self.l3(c3), _double(self.r4(n4))], 1)
+        f3 = torch.cat([self.l3(c3), doubled(self.r4(n4))], 1)
         if not self.has_detection:
             return Necks(f4, f3, None)
         n3 = self.n3(f3)
         p4 = self.p4(self.p4d(n3, n4))
         return Necks(f4, f3, (n3, p4, self.p5(self.p5d(p4, p5))))
-
-
-def _double(x: Tensor) -> Tensor:
-    return F.interpolate(x, scale_factor=2.0, mode="nearest")
